@@ -1,4 +1,16 @@
 /// cppvmm.guest_memory: what memory the guest has, who may read and write it, which of its pages may hold data.
+///
+///     auto ram = cppvmm::Region::memfd(cppvmm::GuestAddress(0), 64 << 20);
+///     auto map = cppvmm::MemoryMap::make({*ram});
+///     cppvmm::GuestMemory memory(*map);
+///     memory.write_value(cppvmm::GuestAddress(0x1000), std::uint64_t{42});
+///     for (const cppvmm::PageRange& zeroed : memory.survey().zeroed.largest(255)) use(zeroed);
 export module cppvmm.guest_memory;
 export import :address;
 export import :error;
+export import :guest_memory;
+export import :memory_map;
+export import :page_set;
+export import :region;
+export import :survey;
+export import :touched_map;

@@ -1,0 +1,73 @@
+module;
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <span>
+export module cppvmm.guest_memory:guest_memory;
+import :address;
+import :error;
+import :memory_map;
+import :page_set;
+import :region;
+import :survey;
+import :touched_map;
+
+namespace cppvmm {
+
+/// A guest's memory: the current MemoryMap, replaced whole while others go on with the one they hold, and what was
+/// marked as touched by hand. Safe to use from any thread.
+export class GuestMemory {
+public:
+  GuestMemory();
+  explicit GuestMemory(MemoryMap map);
+  ~GuestMemory();
+  GuestMemory(const GuestMemory&) = delete;
+  GuestMemory& operator=(const GuestMemory&) = delete;
+
+  /// The map as it is now. Its regions stay mapped while the snapshot lives.
+  [[nodiscard]] std::shared_ptr<const MemoryMap> snapshot() const;
+  /// Publishes another map.
+  void replace(MemoryMap map);
+  /// Publishes the current map with one region more, or less; concurrent changes do not lose each other.
+  [[nodiscard]] MemoryResult<void> add_region(Region region);
+  [[nodiscard]] MemoryResult<void> remove_region(GuestAddress start);
+
+  /// Accesses to the current map; see MemoryMap.
+  [[nodiscard]] MemoryResult<void> read(GuestAddress address, std::span<std::byte> into) const {
+    return snapshot()->read(address, into);
+  }
+  [[nodiscard]] MemoryResult<void> write(GuestAddress address, std::span<const std::byte> from) const {
+    return snapshot()->write(address, from);
+  }
+  [[nodiscard]] MemoryResult<void> load(GuestAddress address, std::span<const std::byte> from) const {
+    return snapshot()->load(address, from);
+  }
+  template <GuestValue T> [[nodiscard]] MemoryResult<T> read_value(GuestAddress address) const {
+    return snapshot()->read_value<T>(address);
+  }
+  template <GuestValue T> [[nodiscard]] MemoryResult<void> write_value(GuestAddress address, const T& value) const {
+    return snapshot()->write_value(address, value);
+  }
+
+  /// Declares pages touched that the kernel's books may not show, such as those written by device DMA that bypasses
+  /// this process. Marks stay until clear_marks, whatever happens to the map.
+  void mark_touched(PageRange pages, Touchers by);
+  void clear_marks(PageRange pages);
+  [[nodiscard]] TouchedMap marks() const;
+
+  /// Derives which pages of RAM are known to be zero, from the kernel's books and the marks (see Survey). Every page
+  /// that held data before the call began is left out of `zeroed`, whoever wrote it: this process, a vCPU, or another
+  /// process that shares the memfd. Never fails: where evidence can't be had, memory counts as touched and the region's
+  /// report says why. When the map is replaced meanwhile the survey starts over, at most 3 times; after that everything
+  /// counts as touched. Costs system calls in proportion to the number of touched extents, and no memory is touched.
+  ///
+  /// A page that is discarded (MADV_DONTNEED, hole punched) during the call may or may not be zeroed. Memory that a
+  /// userfaultfd handler has yet to fill must be marked or adopted as AdoptedNature::unknown.
+  [[nodiscard]] Survey survey(const SurveyOptions& options = {}) const;
+
+private:
+  struct State;
+  std::unique_ptr<State> state_;
+};
+
+} // namespace cppvmm

@@ -1,0 +1,167 @@
+module;
+#include <algorithm>
+#include <bit>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <expected>
+#include <iterator>
+#include <span>
+#include <utility>
+#include <vector>
+module cppvmm.guest_memory:memory_map.impl;
+import :address;
+import :error;
+import :memory_map;
+import :page_set;
+import :region;
+
+namespace cppvmm {
+
+// Guest memory is copied through relaxed atomics of the widest aligned size: the guest writes at the same time.
+
+template <class Word> static void load_word(std::byte*& into, const std::byte*& guest) {
+  const Word word = __atomic_load_n(reinterpret_cast<const Word*>(guest), __ATOMIC_RELAXED);
+  std::memcpy(into, &word, sizeof word);
+  into += sizeof word;
+  guest += sizeof word;
+}
+
+template <class Word> static void store_word(std::byte*& guest, const std::byte*& from) {
+  Word word;
+  std::memcpy(&word, from, sizeof word);
+  __atomic_store_n(reinterpret_cast<Word*>(guest), word, __ATOMIC_RELAXED);
+  from += sizeof word;
+  guest += sizeof word;
+}
+
+/// Calls `step` with a zero of the type to access next: the widest that is aligned at `guest` and fits.
+template <class Step> static void for_each_word(const std::byte* const& guest, std::size_t bytes, Step step) {
+  while (bytes > 0) {
+    const auto address = reinterpret_cast<std::uintptr_t>(guest);
+    const std::size_t aligned = std::size_t{1} << std::min(std::countr_zero(address), 3);
+    const std::size_t size = std::min(aligned, std::bit_floor(bytes));
+    switch (size) {
+    case 8:
+      for (std::size_t words = bytes / 8; words > 0; --words) step(std::uint64_t{});
+      bytes %= 8;
+      continue;
+    case 4: step(std::uint32_t{}); break;
+    case 2: step(std::uint16_t{}); break;
+    default: step(std::uint8_t{}); break;
+    }
+    bytes -= size;
+  }
+}
+
+static void copy_from_guest(std::byte* into, const std::byte* guest, std::size_t bytes) {
+  for_each_word(guest, bytes, [&]<class Word>(Word) { load_word<Word>(into, guest); });
+}
+
+static void copy_to_guest(std::byte* guest_at, const std::byte* from, std::size_t bytes) {
+  std::byte* guest = guest_at;
+  const std::byte* position = guest;
+  for_each_word(position, bytes, [&]<class Word>(Word) {
+    store_word<Word>(guest, from);
+    position = guest;
+  });
+}
+
+MemoryResult<MemoryMap> MemoryMap::make(std::vector<Region> regions) {
+  std::ranges::sort(regions, {}, [](const Region& region) { return region.pages().first(); });
+  const auto clash = std::ranges::adjacent_find(
+      regions, [](const Region& left, const Region& right) { return left.pages().overlaps(right.pages()); });
+  if (clash != regions.end()) {
+    const Region& second = *std::next(clash);
+    return std::unexpected(MemoryError{.code = MemoryErrc::overlap,
+                                       .address = second.start().value(),
+                                       .length = second.bytes(),
+                                       .operation = "MemoryMap::make"});
+  }
+  MemoryMap map;
+  map.regions_ = std::move(regions);
+  return map;
+}
+
+MemoryResult<MemoryMap> MemoryMap::with(Region region) const {
+  auto regions = regions_;
+  regions.push_back(std::move(region));
+  return make(std::move(regions));
+}
+
+MemoryResult<MemoryMap> MemoryMap::without(GuestAddress start) const {
+  const Region* region = find(start);
+  if (region == nullptr || region->start() != start)
+    return std::unexpected(
+        MemoryError{.code = MemoryErrc::not_backed, .address = start.value(), .operation = "MemoryMap::without"});
+  MemoryMap map = *this;
+  map.regions_.erase(map.regions_.begin() + (region - regions_.data()));
+  return map;
+}
+
+const Region* MemoryMap::find(GuestAddress address) const {
+  const auto after = std::ranges::upper_bound(regions_, address.page(), {},
+                                              [](const Region& region) { return region.pages().first(); });
+  if (after == regions_.begin()) return nullptr;
+  const Region& region = *std::prev(after);
+  return region.pages().contains(address) ? &region : nullptr;
+}
+
+PageSet MemoryMap::pages(RegionKind kind) const {
+  PageSet result;
+  for (const Region& region : regions_)
+    if (region.kind() == kind) result.add(region.pages());
+  return result;
+}
+
+template <class Copy>
+MemoryResult<void> MemoryMap::for_each_part(GuestAddress address, std::uint64_t bytes, Access access,
+                                            const char* operation, Copy copy) const {
+  MemoryError error{.address = address.value(), .length = bytes, .operation = operation};
+  const auto refuse = [&](MemoryErrc code, GuestAddress where, std::uint64_t completed) {
+    error.code = code;
+    error.address = where.value();
+    error.completed = completed;
+    return std::unexpected(error);
+  };
+  if (!address.checked_add(bytes)) return refuse(MemoryErrc::out_of_range, address, 0);
+  for (std::uint64_t done = 0; done < bytes;) {
+    const GuestAddress at(address.value() + done);
+    const Region* region = find(at);
+    if (region == nullptr) return refuse(MemoryErrc::not_backed, at, done);
+    if (access == Access::write && region->kind() == RegionKind::rom) return refuse(MemoryErrc::read_only, at, done);
+    const std::uint64_t offset = at.value() - region->start().value();
+    const std::uint64_t part = std::min(bytes - done, region->bytes() - offset);
+    copy(static_cast<std::byte*>(region->host_address()) + offset, done, part);
+    done += part;
+  }
+  return {};
+}
+
+MemoryResult<void> MemoryMap::read(GuestAddress address, std::span<std::byte> into) const {
+  return for_each_part(address, into.size(), Access::read, "MemoryMap::read",
+                       [&](const std::byte* host, std::uint64_t done, std::uint64_t part) {
+                         copy_from_guest(into.data() + done, host, part);
+                       });
+}
+
+MemoryResult<void> MemoryMap::write(GuestAddress address, std::span<const std::byte> from) const {
+  return for_each_part(address, from.size(), Access::write, "MemoryMap::write",
+                       [&](std::byte* host, std::uint64_t done, std::uint64_t part) {
+                         copy_to_guest(host, from.data() + done, part);
+                       });
+}
+
+MemoryResult<void> MemoryMap::load(GuestAddress address, std::span<const std::byte> from) const {
+  return for_each_part(address, from.size(), Access::load, "MemoryMap::load",
+                       [&](std::byte* host, std::uint64_t done, std::uint64_t part) {
+                         copy_to_guest(host, from.data() + done, part);
+                       });
+}
+
+MemoryResult<void> MemoryMap::check_write(GuestAddress address, std::uint64_t bytes) const {
+  return for_each_part(address, bytes, Access::write, "MemoryMap::check_write",
+                       [](std::byte*, std::uint64_t, std::uint64_t) {});
+}
+
+} // namespace cppvmm

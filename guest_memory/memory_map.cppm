@@ -1,0 +1,70 @@
+module;
+#include <cstddef>
+#include <cstdint>
+#include <expected>
+#include <span>
+#include <type_traits>
+#include <vector>
+export module cppvmm.guest_memory:memory_map;
+import :address;
+import :error;
+import :page_set;
+import :region;
+
+namespace cppvmm {
+
+/// What can be read from and written to guest memory as a value: the guest may put any bits there at any time.
+export template <class T>
+concept GuestValue = std::is_trivially_copyable_v<T> && !std::is_pointer_v<T> && !std::is_same_v<T, bool>;
+
+/// The regions that a guest has: an immutable snapshot. To change a map, make another one and publish it
+/// (GuestMemory). Safe to use from any thread.
+///
+/// Accesses may cross regions that touch. They copy with relaxed atomic loads and stores of up to 8 bytes, so that a
+/// guest which writes at the same time can tear a value but not break this program; a naturally aligned access of 1,
+/// 2, 4 or 8 bytes is not torn. What fails: not_backed, out_of_range and, for `write`, read_only; the error says where,
+/// and in `completed` how many bytes went before.
+export class MemoryMap {
+public:
+  MemoryMap() = default;
+  /// Of regions in any order; `overlap` names the address where two meet.
+  [[nodiscard]] static MemoryResult<MemoryMap> make(std::vector<Region> regions);
+  /// This map and one more region.
+  [[nodiscard]] MemoryResult<MemoryMap> with(Region region) const;
+  /// This map without the region that starts at `start`; not_backed when none does.
+  [[nodiscard]] MemoryResult<MemoryMap> without(GuestAddress start) const;
+
+  /// Ascending by address.
+  [[nodiscard]] std::span<const Region> regions() const { return regions_; }
+  /// The region that holds the address, or null; valid while this map is.
+  [[nodiscard]] const Region* find(GuestAddress address) const;
+  /// All pages of RAM, or of ROM.
+  [[nodiscard]] PageSet pages(RegionKind kind) const;
+
+  [[nodiscard]] MemoryResult<void> read(GuestAddress address, std::span<std::byte> into) const;
+  /// On behalf of the guest: ROM refuses.
+  [[nodiscard]] MemoryResult<void> write(GuestAddress address, std::span<const std::byte> from) const;
+  /// On behalf of the VMM, ROM included: firmware, kernels, tables.
+  [[nodiscard]] MemoryResult<void> load(GuestAddress address, std::span<const std::byte> from) const;
+  /// Whether `write` of that many bytes would succeed now; the error is the one that it would give, nothing is written.
+  [[nodiscard]] MemoryResult<void> check_write(GuestAddress address, std::uint64_t bytes) const;
+
+  template <GuestValue T> [[nodiscard]] MemoryResult<T> read_value(GuestAddress address) const {
+    T value{};
+    if (auto done = read(address, std::as_writable_bytes(std::span(&value, 1))); !done)
+      return std::unexpected(done.error());
+    return value;
+  }
+  template <GuestValue T> [[nodiscard]] MemoryResult<void> write_value(GuestAddress address, const T& value) const {
+    return write(address, std::as_bytes(std::span(&value, 1)));
+  }
+
+private:
+  enum class Access : std::uint8_t { read, write, load };
+  template <class Copy>
+  [[nodiscard]] MemoryResult<void> for_each_part(GuestAddress address, std::uint64_t bytes, Access access,
+                                                 const char* operation, Copy copy) const;
+  std::vector<Region> regions_;
+};
+
+} // namespace cppvmm

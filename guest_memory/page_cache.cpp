@@ -1,0 +1,255 @@
+module;
+#include <algorithm>
+#include <array>
+#include <cerrno>
+#include <cstddef>
+#include <cstdint>
+#include <optional>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#include <utility>
+#include <vector>
+module cppvmm.guest_memory:page_cache.impl;
+import :address;
+import :error;
+import :evidence;
+import :page_set;
+import :survey;
+
+// SEEK_DATA alone does not prove a page of shared memory untouched. It calls data what is up to date in the page cache,
+// and a page that is being migrated (compaction, NUMA balancing) or collapsed into a huge page (before Linux 6.4) is,
+// for a moment, in the cache and not up to date although it holds data (Linux mm/filemap.c folio_seek_hole_data,
+// mm/migrate.c): SEEK_DATA skips it. Its slot in the cache is never empty, though. So each hole is confirmed:
+// - with cachestat(2), which counts the occupied slots whatever state their pages are in;
+// - on kernels without it, by comparing the pages found with the blocks that the file has allocated.
+// Pages that were allocated by fallocate(2) and never written look the same as a page in migration; reading them
+// through the descriptor takes the page's lock, and so waits for a migration to end.
+
+namespace cppvmm {
+
+// include/uapi/linux/mman.h (Linux 6.5), which the headers of older distributions lack.
+struct CacheStatRange {
+  std::uint64_t offset;
+  std::uint64_t length;
+};
+struct CacheStat {
+  std::uint64_t cached;
+  std::uint64_t dirty;
+  std::uint64_t writeback;
+  std::uint64_t evicted;
+  std::uint64_t recently_evicted;
+};
+constexpr long cachestat_number = 451;
+
+/// Pages of a file, by offset.
+struct FileRange {
+  std::uint64_t first = 0;
+  std::uint64_t end = 0;
+};
+
+struct SystemError {
+  const char* operation;
+  int os_error;
+};
+
+class FilePages {
+public:
+  explicit FilePages(int fd) : fd_(fd) {}
+
+  /// Adds the pages of `range` that SEEK_DATA calls data.
+  std::optional<SystemError> add_data(FileRange range, PageSet& data) const {
+    const std::uint64_t end = range.end * page_size;
+    for (std::uint64_t at = range.first * page_size; at < end;) {
+      const off_t start = lseek(fd_, static_cast<off_t>(at), SEEK_DATA);
+      if (start < 0 && errno == ENXIO) return std::nullopt; // only a hole up to the end of the file
+      if (start < 0) return SystemError{"SEEK_DATA", errno};
+      if (static_cast<std::uint64_t>(start) >= end) return std::nullopt;
+      const off_t stop = lseek(fd_, start, SEEK_HOLE);
+      // A hole was punched in between: look again from there on, counting the page as data.
+      if (stop < 0 && errno != ENXIO) return SystemError{"SEEK_HOLE", errno};
+      const auto first = static_cast<std::uint64_t>(start) / page_size;
+      const auto last = std::max(first + 1, stop < 0 ? 0 : static_cast<std::uint64_t>(stop) / page_size);
+      data.add(*PageRange::make(PageNumber(first), std::min(last, range.end) - first));
+      at = last * page_size;
+    }
+    return std::nullopt;
+  }
+
+  /// How many pages of the range have an occupied slot in the page cache; ENOSYS on kernels that cannot tell.
+  std::optional<SystemError> occupied(FileRange range, std::uint64_t& pages) const {
+    CacheStatRange where{range.first * page_size, (range.end - range.first) * page_size};
+    CacheStat status{};
+    if (syscall(cachestat_number, fd_, &where, &status, 0) != 0) return SystemError{"cachestat", errno};
+    pages = status.cached + status.evicted;
+    return std::nullopt;
+  }
+
+  /// Whether all pages of the range read zero; waits for pages in migration. Allocates nothing.
+  std::optional<SystemError> reads_zero(FileRange range, bool& zero) const {
+    alignas(8) std::array<std::uint64_t, 65536 / sizeof(std::uint64_t)> buffer;
+    for (std::uint64_t at = range.first * page_size; at < range.end * page_size;) {
+      const auto wanted = std::min<std::uint64_t>(sizeof buffer, range.end * page_size - at);
+      const ssize_t got = pread(fd_, buffer.data(), wanted, static_cast<off_t>(at));
+      if (got < 0 && errno == EINTR) continue;
+      if (got < 0) return SystemError{"pread of shared memory", errno};
+      if (got == 0 || got % static_cast<ssize_t>(page_size) != 0) {
+        zero = false; // the file ends here: nothing is known
+        return std::nullopt;
+      }
+      const auto words = static_cast<std::size_t>(got) / sizeof(std::uint64_t);
+      if (std::any_of(buffer.begin(), buffer.begin() + static_cast<std::ptrdiff_t>(words),
+                      [](std::uint64_t word) { return word != 0; })) {
+        zero = false;
+        return std::nullopt;
+      }
+      at += static_cast<std::uint64_t>(got);
+    }
+    zero = true;
+    return std::nullopt;
+  }
+
+private:
+  int fd_;
+};
+
+/// Confirms with cachestat that the holes are holes, and moves what is not into `data`.
+class HoleCheck {
+public:
+  HoleCheck(const FilePages& file, PageSet& data) : file_(file), data_(data) {}
+
+  std::optional<SystemError> confirm(FileRange hole) {
+    std::vector<FileRange> open = {hole};
+    while (!open.empty()) {
+      const FileRange range = open.back();
+      open.pop_back();
+      std::uint64_t occupied = 0;
+      if (auto error = file_.occupied(range, occupied)) return error;
+      if (occupied == 0) continue;
+      const std::uint64_t pages = range.end - range.first;
+      if (pages == 1 || occupied >= pages) {
+        if (auto error = settle(range)) return error;
+      } else if (steps_ == 0) {
+        leave(range);
+      } else {
+        --steps_;
+        const std::uint64_t middle = range.first + pages / 2;
+        open.push_back({middle, range.end});
+        open.push_back({range.first, middle});
+      }
+    }
+    return std::nullopt;
+  }
+
+  [[nodiscard]] std::uint64_t unaccounted_pages() const { return unaccounted_; }
+
+private:
+  /// Every slot of the range is occupied, by pages that SEEK_DATA skipped: allocated and never written, being migrated,
+  /// or written since.
+  std::optional<SystemError> settle(FileRange range) {
+    const std::uint64_t pages = range.end - range.first;
+    if (pages > readable_) {
+      leave(range);
+      return std::nullopt;
+    }
+    readable_ -= pages;
+    for (std::uint64_t first = range.first; first < range.end; first += block) {
+      const FileRange part{first, std::min(first + block, range.end)};
+      bool zero = false;
+      if (auto error = file_.reads_zero(part, zero)) return error;
+      if (!zero)
+        data_.add(*PageRange::make(PageNumber(part.first), part.end - part.first));
+      else if (auto error = file_.add_data(part, data_)) // zeros that were written are data like any other
+        return error;
+    }
+    return std::nullopt;
+  }
+
+  void leave(FileRange range) {
+    unaccounted_ += range.end - range.first;
+    data_.add(*PageRange::make(PageNumber(range.first), range.end - range.first));
+  }
+
+  static constexpr std::uint64_t block = 16; // pages read at a time, and counted as touched together if one is
+  const FilePages& file_;
+  PageSet& data_;
+  std::uint64_t steps_ = 100'000;    // cachestat calls to find the occupied slots
+  std::uint64_t readable_ = 1 << 18; // pages to read: 1 GiB, a fraction of a second
+  std::uint64_t unaccounted_ = 0;
+};
+
+static std::optional<SystemError> confirm_by_cachestat(const FilePages& file, FileRange range, PageSet& data,
+                                                       std::uint64_t& unaccounted) {
+  HoleCheck check(file, data);
+  PageSet holes(*PageRange::make(PageNumber(range.first), range.end - range.first));
+  holes.remove(data);
+  for (const PageRange& hole : holes.ranges())
+    if (auto error = check.confirm({hole.first().value(), hole.end().value()})) return error;
+  unaccounted = check.unaccounted_pages();
+  return std::nullopt;
+}
+
+/// For kernels before 6.5. A page that was skipped because it was in migration is found by another pass, or leaves the
+/// count short. Own page tables add the pages that are in migration and mapped here: guest and VMM writes.
+static std::optional<SystemError> confirm_by_blocks(int fd, const FilePages& file, FileRange range, const void* host,
+                                                    PageSet& data, std::uint64_t& unaccounted) {
+  const auto tables = page_table_evidence(host, (range.end - range.first) * page_size, EvidenceSource::automatic);
+  if (tables.error) return SystemError{tables.error->operation, tables.error->os_error};
+  for (const Extent& extent : tables.touched)
+    data.add(*PageRange::make(PageNumber(range.first + extent.first), extent.count));
+
+  constexpr int passes = 16;
+  for (int pass = 0; pass < passes; ++pass) {
+    if (pass > 0)
+      if (auto error = file.add_data(range, data)) return error;
+    struct stat status {};
+    if (fstat(fd, &status) != 0) return SystemError{"fstat of shared memory", errno};
+    const auto allocated = static_cast<std::uint64_t>(status.st_blocks) * 512 / page_size;
+    const auto file_pages = (static_cast<std::uint64_t>(status.st_size) + page_size - 1) / page_size;
+    PageSet elsewhere;
+    if (range.first > 0)
+      if (auto error = file.add_data({0, range.first}, elsewhere)) return error;
+    if (file_pages > range.end)
+      if (auto error = file.add_data({range.end, file_pages}, elsewhere)) return error;
+    const std::uint64_t found = data.page_count() + elsewhere.page_count();
+    if (found >= allocated) return std::nullopt;
+    unaccounted = allocated - found;
+  }
+  data.add(*PageRange::make(PageNumber(range.first), range.end - range.first));
+  return std::nullopt;
+}
+
+RegionEvidence page_cache_evidence(int fd, std::uint64_t offset, const void* host, std::uint64_t bytes,
+                                   EvidenceSource source) {
+  RegionEvidence result;
+  const auto failed = [&](SystemError error) {
+    result.kind = Evidence::none;
+    result.error = MemoryError{.code = MemoryErrc::os,
+                               .address = reinterpret_cast<std::uintptr_t>(host),
+                               .length = bytes,
+                               .os_error = error.os_error,
+                               .operation = error.operation};
+    return std::move(result);
+  };
+
+  const FilePages file(fd);
+  const FileRange range{offset / page_size, (offset + bytes) / page_size};
+  std::uint64_t occupied = 0;
+  const auto probe = source == EvidenceSource::automatic ? file.occupied(range, occupied)
+                                                          : std::optional(SystemError{"cachestat", ENOSYS});
+  PageSet data;
+  if (auto error = file.add_data(range, data)) return failed(*error);
+  if (!probe) {
+    result.kind = Evidence::page_cache;
+    if (auto error = confirm_by_cachestat(file, range, data, result.unaccounted_pages)) return failed(*error);
+  } else {
+    result.kind = Evidence::page_cache_blocks;
+    if (auto error = confirm_by_blocks(fd, file, range, host, data, result.unaccounted_pages)) return failed(*error);
+    if (result.unaccounted_pages != 0) result.kind = Evidence::none;
+  }
+  for (const PageRange& pages : data.ranges())
+    result.touched.push_back({pages.first().value() - range.first, pages.count()});
+  return result;
+}
+
+} // namespace cppvmm

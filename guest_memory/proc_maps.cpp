@@ -1,0 +1,87 @@
+module;
+#include <cerrno>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <expected>
+#include <functional>
+#include <memory>
+#include <string_view>
+module cppvmm.guest_memory:proc_maps.impl;
+import :error;
+import :proc_maps;
+
+namespace cppvmm {
+
+struct CloseFile {
+  void operator()(std::FILE* file) const { std::fclose(file); }
+};
+
+struct FreeLine {
+  void operator()(char* line) const { std::free(line); }
+};
+
+/// Calls `visit` for each line, without its newline, until it returns false.
+static MemoryResult<void> for_each_line(const char* path, const std::function<bool(const char*)>& visit) {
+  const auto failed = [&](const char* operation) {
+    return std::unexpected(MemoryError{.code = MemoryErrc::os, .os_error = errno, .operation = operation});
+  };
+  const std::unique_ptr<std::FILE, CloseFile> file(std::fopen(path, "re"));
+  if (!file) return failed("open /proc/self/maps");
+  char* line = nullptr;
+  std::size_t capacity = 0;
+  errno = 0;
+  bool more = true;
+  while (more && getline(&line, &capacity, file.get()) >= 0) more = visit(line);
+  const std::unique_ptr<char, FreeLine> owner(line);
+  if (std::ferror(file.get()) != 0) return failed("read /proc/self/maps");
+  return {};
+}
+
+static bool parse(const char* line, ProcMapping& mapping) {
+  unsigned long long start = 0;
+  unsigned long long end = 0;
+  unsigned long long offset = 0;
+  unsigned long long inode = 0;
+  char access[5] = {};
+  if (std::sscanf(line, "%llx-%llx %4s %llx %x:%x %llu", &start, &end, access, &offset, &mapping.device_major,
+                  &mapping.device_minor, &inode) != 7)
+    return false;
+  mapping.start = start;
+  mapping.end = end;
+  mapping.is_private = access[3] == 'p';
+  mapping.offset = offset;
+  mapping.inode = inode;
+  return true;
+}
+
+MemoryResult<void> for_each_mapping(std::uint64_t start, std::uint64_t bytes,
+                                    const std::function<bool(const ProcMapping&)>& visit) {
+  return for_each_line("/proc/self/maps", [&](const char* line) {
+    ProcMapping mapping;
+    if (!parse(line, mapping) || mapping.end <= start) return true;
+    if (mapping.start >= start + bytes) return false;
+    return visit(mapping);
+  });
+}
+
+MemoryResult<std::uint64_t> sum_smaps(std::uint64_t start, std::uint64_t bytes,
+                                      const std::function<bool(std::string_view)>& wanted) {
+  std::uint64_t sum = 0;
+  bool inside = false;
+  auto done = for_each_line("/proc/self/smaps", [&](const char* line) {
+    ProcMapping mapping;
+    if (parse(line, mapping)) {
+      inside = mapping.start >= start && mapping.end <= start + bytes;
+      return mapping.start < start + bytes;
+    }
+    char name[64];
+    unsigned long long kib = 0;
+    if (inside && std::sscanf(line, "%63[^:]: %llu kB", name, &kib) == 2 && wanted(name)) sum += kib * 1024;
+    return true;
+  });
+  if (!done) return std::unexpected(done.error());
+  return sum;
+}
+
+} // namespace cppvmm

@@ -1,0 +1,30 @@
+module;
+#include <cstdint>
+#include <functional>
+#include <string_view>
+module cppvmm.guest_memory:proc_maps;
+import :error;
+
+namespace cppvmm {
+
+/// One mapping of this process, as /proc/self/maps has it.
+struct ProcMapping {
+  std::uint64_t start = 0;
+  std::uint64_t end = 0;
+  bool is_private = false;
+  std::uint64_t offset = 0;
+  unsigned device_major = 0;
+  unsigned device_minor = 0;
+  std::uint64_t inode = 0;
+};
+
+/// Calls `visit` for each mapping that overlaps [start, start + bytes), ascending, until it returns false.
+[[nodiscard]] MemoryResult<void> for_each_mapping(std::uint64_t start, std::uint64_t bytes,
+                                                  const std::function<bool(const ProcMapping&)>& visit);
+
+/// The sum, in bytes, of the /proc/self/smaps fields whose name `wanted` accepts, over the mappings that lie within
+/// [start, start + bytes).
+[[nodiscard]] MemoryResult<std::uint64_t> sum_smaps(std::uint64_t start, std::uint64_t bytes,
+                                                    const std::function<bool(std::string_view)>& wanted);
+
+} // namespace cppvmm

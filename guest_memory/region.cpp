@@ -1,0 +1,190 @@
+module;
+#include <cerrno>
+#include <cstdint>
+#include <cstdio>
+#include <expected>
+#include <fcntl.h>
+#include <functional>
+#include <linux/memfd.h>
+#include <memory>
+#include <string_view>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+#include <utility>
+module cppvmm.guest_memory:region.impl;
+import :address;
+import :error;
+import :evidence;
+import :proc_maps;
+import :region;
+
+namespace cppvmm {
+
+struct Region::Mapping {
+  PageRange pages;
+  RegionKind kind = RegionKind::ram;
+  Backing backing = Backing::anonymous;
+  AdoptedNature nature = AdoptedNature::unknown;
+  void* host = nullptr;
+  // What to unmap: more than the memory itself, for it has guard pages around it. Null for adopted memory.
+  void* reserved = nullptr;
+  std::size_t reserved_bytes = 0;
+  int fd = -1;
+  std::uint64_t fd_offset = 0;
+
+  Mapping() = default;
+  Mapping(const Mapping&) = delete;
+  Mapping& operator=(const Mapping&) = delete;
+  ~Mapping() {
+    if (reserved != nullptr) munmap(reserved, reserved_bytes);
+    if (fd >= 0) close(fd);
+  }
+};
+
+static std::unexpected<MemoryError> refuse(MemoryErrc code, GuestAddress start, std::uint64_t bytes,
+                                           const char* operation, int os_error = 0) {
+  return std::unexpected(MemoryError{.code = code,
+                                     .address = start.value(),
+                                     .length = bytes,
+                                     .os_error = os_error,
+                                     .operation = operation});
+}
+
+static MemoryResult<PageRange> checked_pages(GuestAddress start, std::uint64_t bytes, std::uint64_t unit,
+                                             const char* operation) {
+  if (bytes == 0 || bytes % unit != 0 || !start.is_aligned(page_size))
+    return refuse(MemoryErrc::invalid_argument, start, bytes, operation);
+  return PageRange::covering(start, bytes);
+}
+
+// Maps `bytes` at an address that is a multiple of `alignment`, with an inaccessible page on either side: guard pages
+// catch overruns, and keep the kernel from joining the mapping with a neighbour, which smaps could not tell apart.
+static int map_guarded(void*& reserved, std::size_t& reserved_bytes, void*& host, std::uint64_t bytes,
+                       std::uint64_t alignment, int flags, int fd) {
+  constexpr std::uint64_t most = std::uint64_t{1} << 56;
+  if (bytes > most) return ENOMEM;
+  const std::size_t size = bytes + 2 * alignment;
+  void* space = mmap(nullptr, size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (space == MAP_FAILED) return errno;
+  reserved = space;
+  reserved_bytes = size;
+  const auto base = reinterpret_cast<std::uintptr_t>(space);
+  const std::uintptr_t aligned = (base + alignment) & ~(alignment - 1); // at least one page above base
+  void* at = reinterpret_cast<void*>(aligned);
+  void* mapped = mmap(at, bytes, PROT_READ | PROT_WRITE, flags | MAP_FIXED, fd, 0);
+  if (mapped == MAP_FAILED) return errno;
+  host = mapped;
+  return 0;
+}
+
+// Guest-physical and host address agree below 2 MiB, so that KVM can map huge pages whole.
+constexpr std::uint64_t huge_alignment = std::uint64_t{2} << 20;
+
+Region::Region(std::shared_ptr<const Mapping> mapping) : mapping_(std::move(mapping)) {}
+
+MemoryResult<Region> Region::anonymous(GuestAddress start, std::uint64_t bytes, RegionKind kind) {
+  const auto pages = checked_pages(start, bytes, page_size, "Region::anonymous");
+  if (!pages) return std::unexpected(pages.error());
+  auto mapping = std::make_shared<Mapping>();
+  mapping->pages = *pages;
+  mapping->kind = kind;
+  mapping->backing = Backing::anonymous;
+  // NORESERVE: most of a large guest is never touched; what is counts as any process's memory does.
+  if (const int error = map_guarded(mapping->reserved, mapping->reserved_bytes, mapping->host, bytes, huge_alignment,
+                                    MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1))
+    return refuse(MemoryErrc::os, start, bytes, "mmap of anonymous memory", error);
+  return Region(std::move(mapping));
+}
+
+MemoryResult<Region> Region::memfd(GuestAddress start, std::uint64_t bytes, RegionKind kind) {
+  const auto pages = checked_pages(start, bytes, page_size, "Region::memfd");
+  if (!pages) return std::unexpected(pages.error());
+  auto mapping = std::make_shared<Mapping>();
+  mapping->pages = *pages;
+  mapping->kind = kind;
+  mapping->backing = Backing::memfd;
+  mapping->fd = memfd_create("cppvmm-guest", MFD_CLOEXEC | MFD_ALLOW_SEALING);
+  if (mapping->fd < 0) return refuse(MemoryErrc::os, start, bytes, "memfd_create", errno);
+  if (ftruncate(mapping->fd, static_cast<off_t>(bytes)) != 0)
+    return refuse(MemoryErrc::os, start, bytes, "ftruncate of a memfd", errno);
+  if (fcntl(mapping->fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) != 0)
+    return refuse(MemoryErrc::os, start, bytes, "F_ADD_SEALS on a memfd", errno);
+  if (const int error = map_guarded(mapping->reserved, mapping->reserved_bytes, mapping->host, bytes, huge_alignment,
+                                    MAP_SHARED | MAP_NORESERVE, mapping->fd))
+    return refuse(MemoryErrc::os, start, bytes, "mmap of a memfd", error);
+  return Region(std::move(mapping));
+}
+
+MemoryResult<Region> Region::hugetlb(GuestAddress start, std::uint64_t bytes, HugePageSize page, RegionKind kind) {
+  const auto unit = static_cast<std::uint64_t>(page);
+  const auto pages = checked_pages(start, bytes, unit, "Region::hugetlb");
+  if (!pages) return std::unexpected(pages.error());
+  auto mapping = std::make_shared<Mapping>();
+  mapping->pages = *pages;
+  mapping->kind = kind;
+  mapping->backing = Backing::hugetlb;
+  const unsigned size_flag = page == HugePageSize::one_gib ? MFD_HUGE_1GB : MFD_HUGE_2MB;
+  // mmap encodes the page size as memfd_create does. Reserved, for a fault without a page left would be a SIGBUS.
+  const int error = map_guarded(mapping->reserved, mapping->reserved_bytes, mapping->host, bytes, unit,
+                                MAP_PRIVATE | MAP_ANONYMOUS | MAP_HUGETLB | static_cast<int>(size_flag), -1);
+  if (error == ENOMEM || error == EINVAL || error == ENOENT)
+    return refuse(MemoryErrc::unavailable, start, bytes, "mmap of hugetlb pages: the host's pool has too few", error);
+  if (error != 0) return refuse(MemoryErrc::os, start, bytes, "mmap of hugetlb pages", error);
+  return Region(std::move(mapping));
+}
+
+MemoryResult<Region> Region::adopt(GuestAddress start, const AdoptedMemory& memory, RegionKind kind) {
+  const auto pages = checked_pages(start, memory.bytes, page_size, "Region::adopt");
+  if (!pages) return std::unexpected(pages.error());
+  const auto host = reinterpret_cast<std::uintptr_t>(memory.host_address);
+  if (host == 0 || host % page_size != 0 || host + memory.bytes < host || memory.fd_offset % page_size != 0 ||
+      (memory.nature == AdoptedNature::shared_memory) != (memory.fd >= 0))
+    return refuse(MemoryErrc::invalid_argument, start, memory.bytes, "Region::adopt");
+  if (auto fits = check_nature(memory.host_address, memory.bytes, memory.nature, memory.fd, memory.fd_offset); !fits)
+    return std::unexpected(fits.error());
+  auto mapping = std::make_shared<Mapping>();
+  mapping->pages = *pages;
+  mapping->kind = kind;
+  mapping->backing = Backing::adopted;
+  mapping->nature = memory.nature;
+  mapping->host = memory.host_address;
+  mapping->fd_offset = memory.fd_offset;
+  if (memory.fd >= 0) {
+    // A descriptor of its own: seeking in the embedder's would move the file offset that the embedder may use.
+    char path[64];
+    std::snprintf(path, sizeof path, "/proc/self/fd/%d", memory.fd);
+    mapping->fd = open(path, O_RDONLY | O_CLOEXEC);
+    if (mapping->fd < 0)
+      return refuse(MemoryErrc::os, start, memory.bytes, "open of the adopted file through /proc/self/fd", errno);
+  }
+  return Region(std::move(mapping));
+}
+
+PageRange Region::pages() const { return mapping_->pages; }
+RegionKind Region::kind() const { return mapping_->kind; }
+Backing Region::backing() const { return mapping_->backing; }
+AdoptedNature Region::nature() const { return mapping_->nature; }
+void* Region::host_address() const { return mapping_->host; }
+int Region::file_descriptor() const { return mapping_->fd; }
+std::uint64_t Region::file_offset() const { return mapping_->fd_offset; }
+
+MemoryResult<std::uint64_t> Region::resident_bytes() const {
+  if (backing() == Backing::memfd) {
+    struct stat status {};
+    if (fstat(file_descriptor(), &status) != 0)
+      return refuse(MemoryErrc::os, start(), bytes(), "fstat of a memfd", errno);
+    return static_cast<std::uint64_t>(status.st_blocks) * 512;
+  }
+  return sum_smaps(reinterpret_cast<std::uintptr_t>(host_address()), bytes(), [](std::string_view field) {
+    return field == "Rss" || field == "Private_Hugetlb" || field == "Shared_Hugetlb";
+  });
+}
+
+MemoryResult<std::uint64_t> Region::huge_page_bytes() const {
+  return sum_smaps(reinterpret_cast<std::uintptr_t>(host_address()), bytes(), [](std::string_view field) {
+    return field == "AnonHugePages" || field == "ShmemPmdMapped";
+  });
+}
+
+} // namespace cppvmm

@@ -1,0 +1,100 @@
+module;
+#include <chrono>
+#include <cstdint>
+#include <utility>
+module cppvmm.guest_memory:survey.impl;
+import :address;
+import :evidence;
+import :memory_map;
+import :page_set;
+import :region;
+import :survey;
+import :touched_map;
+
+namespace cppvmm {
+
+const char* to_string(Evidence evidence) {
+  switch (evidence) {
+  case Evidence::none: return "none";
+  case Evidence::page_tables_scan: return "page_tables_scan";
+  case Evidence::page_tables_read: return "page_tables_read";
+  case Evidence::page_cache: return "page_cache";
+  case Evidence::page_cache_blocks: return "page_cache_blocks";
+  }
+  return "unknown";
+}
+
+TouchedMap Survey::touched_map() const {
+  TouchedMap result = marks;
+  PageSet unmarked = touched;
+  unmarked.remove(marks.pages());
+  result.mark(unmarked, Toucher::unknown);
+  return result;
+}
+
+static RegionEvidence evidence_of(const Region& region, EvidenceSource source) {
+  const void* host = region.host_address();
+  const auto of_nature = [&](AdoptedNature nature) {
+    return nature == AdoptedNature::private_anonymous
+               ? page_table_evidence(host, region.bytes(), source)
+               : page_cache_evidence(region.file_descriptor(), region.file_offset(), host, region.bytes(), source);
+  };
+  switch (region.backing()) {
+  case Backing::anonymous: return of_nature(AdoptedNature::private_anonymous);
+  case Backing::memfd: return of_nature(AdoptedNature::shared_memory);
+  case Backing::hugetlb: break;
+  case Backing::adopted: {
+    if (region.nature() == AdoptedNature::unknown) break;
+    // Before and after: the embedder may have mapped something else there since the region was adopted.
+    const auto fits = [&] {
+      return check_nature(host, region.bytes(), region.nature(), region.file_descriptor(), region.file_offset());
+    };
+    RegionEvidence refused;
+    if (auto before = fits(); !before) {
+      refused.error = before.error();
+      return refused;
+    }
+    RegionEvidence evidence = of_nature(region.nature());
+    if (auto after = fits(); !after) {
+      refused.error = after.error();
+      return refused;
+    }
+    return evidence;
+  }
+  }
+  return {};
+}
+
+Survey survey_map(const MemoryMap& map, const SurveyOptions& options) {
+  using Clock = std::chrono::steady_clock;
+  Survey survey;
+  const auto begin = Clock::now();
+  for (const Region& region : map.regions()) {
+    RegionSurvey report{.pages = region.pages(), .kind = region.kind(), .backing = region.backing()};
+    // ROM is never reported, so nothing needs to be known of it.
+    if (region.kind() == RegionKind::ram) {
+      const auto region_begin = Clock::now();
+      survey.ram.add(region.pages());
+      PageSet touched;
+      RegionEvidence evidence = evidence_of(region, options.source);
+      if (evidence.kind == Evidence::none) {
+        touched.add(region.pages());
+      } else {
+        const std::uint64_t first = region.pages().first().value();
+        for (const Extent& extent : evidence.touched)
+          touched.add(*PageRange::make(PageNumber(first + extent.first), extent.count));
+      }
+      report.evidence = evidence.kind;
+      report.touched_pages = touched.page_count();
+      report.unaccounted_pages = evidence.unaccounted_pages;
+      report.error = evidence.error;
+      report.cost = Clock::now() - region_begin;
+      survey.touched.add(touched);
+    }
+    survey.regions.push_back(std::move(report));
+  }
+  survey.cost = Clock::now() - begin;
+  return survey;
+}
+
+} // namespace cppvmm

@@ -1,0 +1,73 @@
+module;
+#include <chrono>
+#include <cstdint>
+#include <optional>
+#include <vector>
+export module cppvmm.guest_memory:survey;
+import :address;
+import :error;
+import :memory_map;
+import :page_set;
+import :region;
+import :touched_map;
+
+namespace cppvmm {
+
+/// What a survey went by for a region.
+export enum class Evidence : std::uint8_t {
+  none,              ///< Nothing that proves a page untouched: all of it counts as touched.
+  page_tables_scan,  ///< This process's page tables, through the PAGEMAP_SCAN ioctl (Linux 6.7).
+  page_tables_read,  ///< The same by reading /proc/self/pagemap: cannot tell a page that was only read from data.
+  page_cache,        ///< SEEK_DATA and SEEK_HOLE, every hole confirmed by cachestat(2) (Linux 6.5).
+  page_cache_blocks, ///< SEEK_DATA, SEEK_HOLE and own page tables, confirmed by the file's count of allocated blocks.
+};
+
+/// The word for it in reports, e.g. "page_tables_scan".
+export [[nodiscard]] const char* to_string(Evidence evidence);
+
+/// Which way to the page tables and the page cache a survey takes.
+export enum class EvidenceSource : std::uint8_t {
+  automatic, ///< The newest interface that this kernel has.
+  legacy,    ///< What kernels before 6.5 have: for comparison, and for tests of that path.
+};
+
+export struct SurveyOptions {
+  /// Pages that must not count as zeroed whatever the evidence: those that are about to be written.
+  PageSet leave_out;
+  EvidenceSource source = EvidenceSource::automatic;
+};
+
+/// What a survey found in one region.
+export struct RegionSurvey {
+  PageRange pages;
+  RegionKind kind{};
+  Backing backing{};
+  Evidence evidence = Evidence::none;
+  std::uint64_t touched_pages = 0; ///< By evidence, before marks and what was left out.
+  /// Pages that the host has allocated although no evidence says what for; they count as touched.
+  std::uint64_t unaccounted_pages = 0;
+  /// Why there is no evidence, when a call failed.
+  std::optional<MemoryError> error = std::nullopt;
+  std::chrono::nanoseconds cost{};
+};
+
+export struct Survey {
+  PageSet ram;
+  /// Pages of RAM that may hold data: by evidence, by mark, or because nothing is known.
+  PageSet touched;
+  /// ram - touched - left out. Each of these pages read zero at a moment during the survey, and held no data when it
+  /// began.
+  PageSet zeroed;
+  /// What was marked by hand; the other touched pages have an unknown writer.
+  TouchedMap marks;
+  std::vector<RegionSurvey> regions;
+  std::chrono::nanoseconds cost{};
+
+  /// The touched pages with who touched them.
+  [[nodiscard]] TouchedMap touched_map() const;
+};
+
+/// The survey of one snapshot, without marks.
+[[nodiscard]] Survey survey_map(const MemoryMap& map, const SurveyOptions& options);
+
+} // namespace cppvmm

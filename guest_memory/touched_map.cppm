@@ -1,0 +1,79 @@
+module;
+#include <cstdint>
+#include <memory>
+#include <vector>
+export module cppvmm.guest_memory:touched_map;
+import :address;
+import :page_set;
+
+namespace cppvmm {
+
+/// Who wrote to a page, as far as it is known.
+export enum class Toucher : std::uint8_t {
+  host = 1 << 0,    ///< The VMM or a process that serves it.
+  guest = 1 << 1,   ///< A vCPU.
+  device = 1 << 2,  ///< A device, by DMA.
+  unknown = 1 << 3, ///< There is evidence of a write, but not of the writer.
+};
+
+/// A set of Toucher.
+export class Touchers {
+public:
+  constexpr Touchers() = default;
+  constexpr Touchers(Toucher one) : bits_(static_cast<std::uint8_t>(one)) {}
+
+  [[nodiscard]] constexpr bool has(Toucher one) const { return (bits_ & static_cast<std::uint8_t>(one)) != 0; }
+  [[nodiscard]] constexpr bool empty() const { return bits_ == 0; }
+  [[nodiscard]] constexpr std::uint8_t bits() const { return bits_; }
+  /// Bits that name no Toucher are dropped.
+  [[nodiscard]] static constexpr Touchers from_bits(std::uint8_t bits) {
+    Touchers result;
+    result.bits_ = bits & 0xF;
+    return result;
+  }
+
+  friend constexpr Touchers operator|(Touchers left, Touchers right) { return from_bits(left.bits_ | right.bits_); }
+  friend constexpr bool operator==(Touchers, Touchers) = default;
+
+private:
+  std::uint8_t bits_ = 0;
+};
+
+/// Which pages were written, and by whom: an interval map. A value type; thread-safe as PageSet is.
+export class TouchedMap {
+public:
+  struct Entry {
+    PageRange pages;
+    Touchers by;
+    friend bool operator==(const Entry&, const Entry&) = default;
+  };
+
+  TouchedMap();
+  TouchedMap(const TouchedMap& other);
+  TouchedMap(TouchedMap&& other) noexcept;
+  TouchedMap& operator=(const TouchedMap& other);
+  TouchedMap& operator=(TouchedMap&& other) noexcept;
+  ~TouchedMap();
+
+  /// Adds `by` to what is known of the pages; what was known stays.
+  void mark(PageRange pages, Touchers by);
+  void mark(const PageSet& pages, Touchers by);
+  /// Forgets the pages: they count as untouched.
+  void clear(PageRange pages);
+
+  /// Who touched the page; empty when nobody did.
+  [[nodiscard]] Touchers at(PageNumber page) const;
+  [[nodiscard]] bool empty() const;
+  /// Disjoint ranges with their touchers, ascending; neighbours differ in their touchers or have a gap between them.
+  [[nodiscard]] std::vector<Entry> entries() const;
+  /// All touched pages, whoever wrote them.
+  [[nodiscard]] PageSet pages() const;
+
+  friend bool operator==(const TouchedMap& left, const TouchedMap& right) { return left.entries() == right.entries(); }
+
+private:
+  struct Intervals;
+  std::unique_ptr<Intervals> intervals_;
+};
+
+} // namespace cppvmm
