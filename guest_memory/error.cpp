@@ -10,14 +10,22 @@ namespace cppvmm {
 
 static const char* text(MemoryErrc code) {
   switch (code) {
-  case MemoryErrc::invalid_argument: return "invalid argument";
-  case MemoryErrc::out_of_range: return "outside the guest-physical address space";
-  case MemoryErrc::overlap: return "overlaps another region";
-  case MemoryErrc::not_backed: return "no memory at this address";
-  case MemoryErrc::read_only: return "read-only for the guest";
-  case MemoryErrc::unavailable: return "not available on this host";
-  case MemoryErrc::wrong_nature: return "the memory is not of the stated kind";
-  case MemoryErrc::os: return "system call failed";
+  case MemoryErrc::invalid_argument:
+    return "invalid argument";
+  case MemoryErrc::out_of_range:
+    return "outside the guest-physical address space";
+  case MemoryErrc::overlap:
+    return "overlaps another region";
+  case MemoryErrc::not_backed:
+    return "no memory at this address";
+  case MemoryErrc::read_only:
+    return "read-only for the guest";
+  case MemoryErrc::unavailable:
+    return "not available on this host";
+  case MemoryErrc::wrong_nature:
+    return "the memory is not of the stated kind";
+  case MemoryErrc::os:
+    return "system call failed";
   }
   return "unknown error";
 }

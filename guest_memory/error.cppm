@@ -33,6 +33,7 @@ export struct MemoryError {
   friend bool operator==(const MemoryError&, const MemoryError&) = default;
 };
 
-export template <class T> using MemoryResult = std::expected<T, MemoryError>;
+export template <class T>
+using MemoryResult = std::expected<T, MemoryError>;
 
 } // namespace cppvmm

@@ -42,10 +42,12 @@ public:
   [[nodiscard]] MemoryResult<void> load(GuestAddress address, std::span<const std::byte> from) const {
     return snapshot()->load(address, from);
   }
-  template <GuestValue T> [[nodiscard]] MemoryResult<T> read_value(GuestAddress address) const {
+  template <GuestValue T>
+  [[nodiscard]] MemoryResult<T> read_value(GuestAddress address) const {
     return snapshot()->read_value<T>(address);
   }
-  template <GuestValue T> [[nodiscard]] MemoryResult<void> write_value(GuestAddress address, const T& value) const {
+  template <GuestValue T>
+  [[nodiscard]] MemoryResult<void> write_value(GuestAddress address, const T& value) const {
     return snapshot()->write_value(address, value);
   }
 

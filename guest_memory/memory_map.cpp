@@ -20,14 +20,16 @@ namespace cppvmm {
 
 // Guest memory is copied through relaxed atomics of the widest aligned size: the guest writes at the same time.
 
-template <class Word> static void load_word(std::byte*& into, const std::byte*& guest) {
+template <class Word>
+static void load_word(std::byte*& into, const std::byte*& guest) {
   const Word word = __atomic_load_n(reinterpret_cast<const Word*>(guest), __ATOMIC_RELAXED);
   std::memcpy(into, &word, sizeof word);
   into += sizeof word;
   guest += sizeof word;
 }
 
-template <class Word> static void store_word(std::byte*& guest, const std::byte*& from) {
+template <class Word>
+static void store_word(std::byte*& guest, const std::byte*& from) {
   Word word;
   std::memcpy(&word, from, sizeof word);
   __atomic_store_n(reinterpret_cast<Word*>(guest), word, __ATOMIC_RELAXED);
@@ -36,19 +38,27 @@ template <class Word> static void store_word(std::byte*& guest, const std::byte*
 }
 
 /// Calls `step` with a zero of the type to access next: the widest that is aligned at `guest` and fits.
-template <class Step> static void for_each_word(const std::byte* const& guest, std::size_t bytes, Step step) {
+template <class Step>
+static void for_each_word(const std::byte* const& guest, std::size_t bytes, Step step) {
   while (bytes > 0) {
     const auto address = reinterpret_cast<std::uintptr_t>(guest);
     const std::size_t aligned = std::size_t{1} << std::min(std::countr_zero(address), 3);
     const std::size_t size = std::min(aligned, std::bit_floor(bytes));
     switch (size) {
     case 8:
-      for (std::size_t words = bytes / 8; words > 0; --words) step(std::uint64_t{});
+      for (std::size_t words = bytes / 8; words > 0; --words)
+        step(std::uint64_t{});
       bytes %= 8;
       continue;
-    case 4: step(std::uint32_t{}); break;
-    case 2: step(std::uint16_t{}); break;
-    default: step(std::uint8_t{}); break;
+    case 4:
+      step(std::uint32_t{});
+      break;
+    case 2:
+      step(std::uint16_t{});
+      break;
+    default:
+      step(std::uint8_t{});
+      break;
     }
     bytes -= size;
   }
@@ -146,17 +156,15 @@ MemoryResult<void> MemoryMap::read(GuestAddress address, std::span<std::byte> in
 }
 
 MemoryResult<void> MemoryMap::write(GuestAddress address, std::span<const std::byte> from) const {
-  return for_each_part(address, from.size(), Access::write, "MemoryMap::write",
-                       [&](std::byte* host, std::uint64_t done, std::uint64_t part) {
-                         copy_to_guest(host, from.data() + done, part);
-                       });
+  return for_each_part(
+      address, from.size(), Access::write, "MemoryMap::write",
+      [&](std::byte* host, std::uint64_t done, std::uint64_t part) { copy_to_guest(host, from.data() + done, part); });
 }
 
 MemoryResult<void> MemoryMap::load(GuestAddress address, std::span<const std::byte> from) const {
-  return for_each_part(address, from.size(), Access::load, "MemoryMap::load",
-                       [&](std::byte* host, std::uint64_t done, std::uint64_t part) {
-                         copy_to_guest(host, from.data() + done, part);
-                       });
+  return for_each_part(
+      address, from.size(), Access::load, "MemoryMap::load",
+      [&](std::byte* host, std::uint64_t done, std::uint64_t part) { copy_to_guest(host, from.data() + done, part); });
 }
 
 MemoryResult<void> MemoryMap::check_write(GuestAddress address, std::uint64_t bytes) const {

@@ -49,13 +49,15 @@ public:
   /// Whether `write` of that many bytes would succeed now; the error is the one that it would give, nothing is written.
   [[nodiscard]] MemoryResult<void> check_write(GuestAddress address, std::uint64_t bytes) const;
 
-  template <GuestValue T> [[nodiscard]] MemoryResult<T> read_value(GuestAddress address) const {
+  template <GuestValue T>
+  [[nodiscard]] MemoryResult<T> read_value(GuestAddress address) const {
     T value{};
     if (auto done = read(address, std::as_writable_bytes(std::span(&value, 1))); !done)
       return std::unexpected(done.error());
     return value;
   }
-  template <GuestValue T> [[nodiscard]] MemoryResult<void> write_value(GuestAddress address, const T& value) const {
+  template <GuestValue T>
+  [[nodiscard]] MemoryResult<void> write_value(GuestAddress address, const T& value) const {
     return write(address, std::as_bytes(std::span(&value, 1)));
   }
 

@@ -20,13 +20,13 @@ MemoryResult<void> check_nature(const void* host, std::uint64_t bytes, AdoptedNa
   if (nature == AdoptedNature::unknown) return {};
   const auto start = reinterpret_cast<std::uintptr_t>(host);
   const auto refuse = [&](MemoryErrc code, const char* operation, int os_error = 0) {
-    return std::unexpected(MemoryError{
-        .code = code, .address = start, .length = bytes, .os_error = os_error, .operation = operation});
+    return std::unexpected(
+        MemoryError{.code = code, .address = start, .length = bytes, .os_error = os_error, .operation = operation});
   };
 
-  struct stat file {};
+  struct stat file{};
   if (nature == AdoptedNature::shared_memory) {
-    struct statfs system {};
+    struct statfs system{};
     if (fstat(fd, &file) != 0 || fstatfs(fd, &system) != 0)
       return refuse(MemoryErrc::os, "fstat of the adopted file", errno);
     if (system.f_type != TMPFS_MAGIC) return refuse(MemoryErrc::wrong_nature, "adopted file is not in shared memory");

@@ -202,7 +202,7 @@ static std::optional<SystemError> confirm_by_blocks(int fd, const FilePages& fil
   for (int pass = 0; pass < passes; ++pass) {
     if (pass > 0)
       if (auto error = file.add_data(range, data)) return error;
-    struct stat status {};
+    struct stat status{};
     if (fstat(fd, &status) != 0) return SystemError{"fstat of shared memory", errno};
     const auto allocated = static_cast<std::uint64_t>(status.st_blocks) * 512 / page_size;
     const auto file_pages = (static_cast<std::uint64_t>(status.st_size) + page_size - 1) / page_size;
@@ -236,7 +236,7 @@ RegionEvidence page_cache_evidence(int fd, std::uint64_t offset, const void* hos
   const FileRange range{offset / page_size, (offset + bytes) / page_size};
   std::uint64_t occupied = 0;
   const auto probe = source == EvidenceSource::automatic ? file.occupied(range, occupied)
-                                                          : std::optional(SystemError{"cachestat", ENOSYS});
+                                                         : std::optional(SystemError{"cachestat", ENOSYS});
   PageSet data;
   if (auto error = file.add_data(range, data)) return failed(*error);
   if (!probe) {

@@ -66,7 +66,8 @@ bool PageSet::empty() const { return intervals_->set.empty(); }
 
 std::uint64_t PageSet::page_count() const {
   std::uint64_t pages = 0;
-  for (const auto& each : intervals_->set) pages += each.upper() - each.lower();
+  for (const auto& each : intervals_->set)
+    pages += each.upper() - each.lower();
   return pages;
 }
 
@@ -75,7 +76,8 @@ std::size_t PageSet::range_count() const { return intervals_->set.iterative_size
 std::vector<PageRange> PageSet::ranges() const {
   std::vector<PageRange> result;
   result.reserve(range_count());
-  for (const auto& each : intervals_->set) result.push_back(page_range(each));
+  for (const auto& each : intervals_->set)
+    result.push_back(page_range(each));
   return result;
 }
 

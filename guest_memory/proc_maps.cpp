@@ -32,7 +32,8 @@ static MemoryResult<void> for_each_line(const char* path, const std::function<bo
   std::size_t capacity = 0;
   errno = 0;
   bool more = true;
-  while (more && getline(&line, &capacity, file.get()) >= 0) more = visit(line);
+  while (more && getline(&line, &capacity, file.get()) >= 0)
+    more = visit(line);
   const std::unique_ptr<char, FreeLine> owner(line);
   if (std::ferror(file.get()) != 0) return failed("read /proc/self/maps");
   return {};

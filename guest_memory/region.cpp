@@ -44,11 +44,8 @@ struct Region::Mapping {
 
 static std::unexpected<MemoryError> refuse(MemoryErrc code, GuestAddress start, std::uint64_t bytes,
                                            const char* operation, int os_error = 0) {
-  return std::unexpected(MemoryError{.code = code,
-                                     .address = start.value(),
-                                     .length = bytes,
-                                     .os_error = os_error,
-                                     .operation = operation});
+  return std::unexpected(MemoryError{
+      .code = code, .address = start.value(), .length = bytes, .os_error = os_error, .operation = operation});
 }
 
 static MemoryResult<PageRange> checked_pages(GuestAddress start, std::uint64_t bytes, std::uint64_t unit,
@@ -171,7 +168,7 @@ std::uint64_t Region::file_offset() const { return mapping_->fd_offset; }
 
 MemoryResult<std::uint64_t> Region::resident_bytes() const {
   if (backing() == Backing::memfd) {
-    struct stat status {};
+    struct stat status{};
     if (fstat(file_descriptor(), &status) != 0)
       return refuse(MemoryErrc::os, start(), bytes(), "fstat of a memfd", errno);
     return static_cast<std::uint64_t>(status.st_blocks) * 512;
@@ -182,9 +179,8 @@ MemoryResult<std::uint64_t> Region::resident_bytes() const {
 }
 
 MemoryResult<std::uint64_t> Region::huge_page_bytes() const {
-  return sum_smaps(reinterpret_cast<std::uintptr_t>(host_address()), bytes(), [](std::string_view field) {
-    return field == "AnonHugePages" || field == "ShmemPmdMapped";
-  });
+  return sum_smaps(reinterpret_cast<std::uintptr_t>(host_address()), bytes(),
+                   [](std::string_view field) { return field == "AnonHugePages" || field == "ShmemPmdMapped"; });
 }
 
 } // namespace cppvmm

@@ -15,11 +15,16 @@ namespace cppvmm {
 
 const char* to_string(Evidence evidence) {
   switch (evidence) {
-  case Evidence::none: return "none";
-  case Evidence::page_tables_scan: return "page_tables_scan";
-  case Evidence::page_tables_read: return "page_tables_read";
-  case Evidence::page_cache: return "page_cache";
-  case Evidence::page_cache_blocks: return "page_cache_blocks";
+  case Evidence::none:
+    return "none";
+  case Evidence::page_tables_scan:
+    return "page_tables_scan";
+  case Evidence::page_tables_read:
+    return "page_tables_read";
+  case Evidence::page_cache:
+    return "page_cache";
+  case Evidence::page_cache_blocks:
+    return "page_cache_blocks";
   }
   return "unknown";
 }
@@ -40,9 +45,12 @@ static RegionEvidence evidence_of(const Region& region, EvidenceSource source) {
                : page_cache_evidence(region.file_descriptor(), region.file_offset(), host, region.bytes(), source);
   };
   switch (region.backing()) {
-  case Backing::anonymous: return of_nature(AdoptedNature::private_anonymous);
-  case Backing::memfd: return of_nature(AdoptedNature::shared_memory);
-  case Backing::hugetlb: break;
+  case Backing::anonymous:
+    return of_nature(AdoptedNature::private_anonymous);
+  case Backing::memfd:
+    return of_nature(AdoptedNature::shared_memory);
+  case Backing::hugetlb:
+    break;
   case Backing::adopted: {
     if (region.nature() == AdoptedNature::unknown) break;
     // Before and after: the embedder may have mapped something else there since the region was adopted.

@@ -41,7 +41,8 @@ void TouchedMap::mark(PageRange pages, Touchers by) {
 }
 
 void TouchedMap::mark(const PageSet& pages, Touchers by) {
-  for (const PageRange& range : pages.ranges()) mark(range, by);
+  for (const PageRange& range : pages.ranges())
+    mark(range, by);
 }
 
 void TouchedMap::clear(PageRange pages) {
@@ -58,13 +59,15 @@ bool TouchedMap::empty() const { return intervals_->map.empty(); }
 std::vector<TouchedMap::Entry> TouchedMap::entries() const {
   std::vector<Entry> result;
   result.reserve(intervals_->map.iterative_size());
-  for (const auto& [range, bits] : intervals_->map) result.push_back({page_range(range), Touchers::from_bits(bits)});
+  for (const auto& [range, bits] : intervals_->map)
+    result.push_back({page_range(range), Touchers::from_bits(bits)});
   return result;
 }
 
 PageSet TouchedMap::pages() const {
   PageSet result;
-  for (const auto& [range, bits] : intervals_->map) result.add(page_range(range));
+  for (const auto& [range, bits] : intervals_->map)
+    result.add(page_range(range));
   return result;
 }
 

@@ -24,7 +24,7 @@ export enum class HvStatus : std::uint16_t {
   success = 0x0000,
   invalid_hypercall_code = 0x0002,  ///< The call code is not recognized.
   invalid_hypercall_input = 0x0003, ///< A wrong rep count or start, or a reserved bit that is set.
-  invalid_alignment = 0x0004, ///< A GPA that is misaligned, spans pages or lies outside the guest-physical space.
+  invalid_alignment = 0x0004,       ///< A GPA that is misaligned, spans pages or lies outside the guest-physical space.
   invalid_parameter = 0x0005,
   access_denied = 0x0006,
   operation_denied = 0x0008,

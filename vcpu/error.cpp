@@ -9,10 +9,14 @@ namespace cppvmm {
 
 static const char* text(KvmErrc code) {
   switch (code) {
-  case KvmErrc::os: return "system call failed";
-  case KvmErrc::unsupported: return "not supported by this KVM";
-  case KvmErrc::invalid_argument: return "invalid argument";
-  case KvmErrc::bad_state: return "the vCPU is not in a state for this";
+  case KvmErrc::os:
+    return "system call failed";
+  case KvmErrc::unsupported:
+    return "not supported by this KVM";
+  case KvmErrc::invalid_argument:
+    return "invalid argument";
+  case KvmErrc::bad_state:
+    return "the vCPU is not in a state for this";
   }
   return "unknown error";
 }

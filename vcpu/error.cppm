@@ -27,6 +27,7 @@ export struct KvmError {
   friend bool operator==(const KvmError&, const KvmError&) = default;
 };
 
-export template <class T> using KvmResult = std::expected<T, KvmError>;
+export template <class T>
+using KvmResult = std::expected<T, KvmError>;
 
 } // namespace cppvmm
