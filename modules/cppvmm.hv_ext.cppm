@@ -8,5 +8,6 @@ export module cppvmm.hv_ext;
 export import :boot_zeroed_memory;
 export import :error;
 export import :extended_hypercalls;
+export import :hyperv;
 export import :hyperv_interface;
 export import :tlfs;
