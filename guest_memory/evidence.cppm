@@ -5,22 +5,17 @@ module;
 module cppvmm.guest_memory:evidence;
 import :address;
 import :error;
+import :extents;
 import :region;
 import :survey;
 
 namespace cppvmm {
 
-/// Pages of a region, counted from its start.
-struct Extent {
-  std::uint64_t first = 0;
-  std::uint64_t count = 0;
-};
-
 /// What the kernel's books say of a region.
 struct RegionEvidence {
   Evidence kind = Evidence::none;
-  /// May hold data; ascending is not promised, overlaps may occur.
-  std::vector<Extent> touched;
+  /// Pages that may hold data: the union of the lists.
+  std::vector<ExtentList> touched;
   std::uint64_t unaccounted_pages = 0;
   std::optional<MemoryError> error;
 };

@@ -30,6 +30,9 @@ MemoryResult<void> check_nature(const void* host, std::uint64_t bytes, AdoptedNa
     if (fstat(fd, &file) != 0 || fstatfs(fd, &system) != 0)
       return refuse(MemoryErrc::os, "fstat of the adopted file", errno);
     if (system.f_type != TMPFS_MAGIC) return refuse(MemoryErrc::wrong_nature, "adopted file is not in shared memory");
+    const auto size = static_cast<std::uint64_t>(file.st_size);
+    if (fd_offset > size || bytes > size - fd_offset)
+      return refuse(MemoryErrc::wrong_nature, "adopted file ends before the region");
   }
 
   std::uint64_t checked = start;

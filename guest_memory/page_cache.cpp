@@ -14,7 +14,7 @@ module cppvmm.guest_memory:page_cache.impl;
 import :address;
 import :error;
 import :evidence;
-import :page_set;
+import :extents;
 import :survey;
 
 // SEEK_DATA alone does not prove a page of shared memory untouched. It calls data what is up to date in the page cache,
@@ -42,12 +42,6 @@ struct CacheStat {
 };
 constexpr long cachestat_number = 451;
 
-/// Pages of a file, by offset.
-struct FileRange {
-  std::uint64_t first = 0;
-  std::uint64_t end = 0;
-};
-
 struct SystemError {
   const char* operation;
   int os_error;
@@ -58,8 +52,8 @@ public:
   explicit FilePages(int fd) : fd_(fd) {}
 
   /// Adds the pages of `range` that SEEK_DATA calls data.
-  std::optional<SystemError> add_data(FileRange range, PageSet& data) const {
-    const std::uint64_t end = range.end * page_size;
+  std::optional<SystemError> add_data(Extent range, ExtentList& data) const {
+    const std::uint64_t end = range.end() * page_size;
     for (std::uint64_t at = range.first * page_size; at < end;) {
       const off_t start = lseek(fd_, static_cast<off_t>(at), SEEK_DATA);
       if (start < 0 && errno == ENXIO) return std::nullopt; // only a hole up to the end of the file
@@ -70,15 +64,15 @@ public:
       if (stop < 0 && errno != ENXIO) return SystemError{"SEEK_HOLE", errno};
       const auto first = static_cast<std::uint64_t>(start) / page_size;
       const auto last = std::max(first + 1, stop < 0 ? 0 : static_cast<std::uint64_t>(stop) / page_size);
-      data.add(*PageRange::make(PageNumber(first), std::min(last, range.end) - first));
+      data.add({first, std::min(last, range.end()) - first});
       at = last * page_size;
     }
     return std::nullopt;
   }
 
   /// How many pages of the range have an occupied slot in the page cache; ENOSYS on kernels that cannot tell.
-  std::optional<SystemError> occupied(FileRange range, std::uint64_t& pages) const {
-    CacheStatRange where{range.first * page_size, (range.end - range.first) * page_size};
+  std::optional<SystemError> occupied(Extent range, std::uint64_t& pages) const {
+    CacheStatRange where{range.first * page_size, range.count * page_size};
     CacheStat status{};
     if (syscall(cachestat_number, fd_, &where, &status, 0) != 0) return SystemError{"cachestat", errno};
     pages = status.cached + status.evicted;
@@ -86,10 +80,10 @@ public:
   }
 
   /// Whether all pages of the range read zero; waits for pages in migration. Allocates nothing.
-  std::optional<SystemError> reads_zero(FileRange range, bool& zero) const {
+  std::optional<SystemError> reads_zero(Extent range, bool& zero) const {
     alignas(8) std::array<std::uint64_t, 65536 / sizeof(std::uint64_t)> buffer;
-    for (std::uint64_t at = range.first * page_size; at < range.end * page_size;) {
-      const auto wanted = std::min<std::uint64_t>(sizeof buffer, range.end * page_size - at);
+    for (std::uint64_t at = range.first * page_size; at < range.end() * page_size;) {
+      const auto wanted = std::min<std::uint64_t>(sizeof buffer, range.end() * page_size - at);
       const ssize_t got = pread(fd_, buffer.data(), wanted, static_cast<off_t>(at));
       if (got < 0 && errno == EINTR) continue;
       if (got < 0) return SystemError{"pread of shared memory", errno};
@@ -113,142 +107,161 @@ private:
   int fd_;
 };
 
-/// Confirms with cachestat that the holes are holes, and moves what is not into `data`.
+/// Confirms with cachestat that holes are holes, in ascending order, and collects the pages that are none.
 class HoleCheck {
 public:
-  HoleCheck(const FilePages& file, PageSet& data) : file_(file), data_(data) {}
+  explicit HoleCheck(const FilePages& file) : file_(file) {}
 
-  std::optional<SystemError> confirm(FileRange hole) {
-    std::vector<FileRange> open = {hole};
+  std::optional<SystemError> confirm(Extent hole) {
+    std::vector<Extent> open = {hole};
     while (!open.empty()) {
-      const FileRange range = open.back();
+      const Extent range = open.back();
       open.pop_back();
       std::uint64_t occupied = 0;
       if (auto error = file_.occupied(range, occupied)) return error;
       if (occupied == 0) continue;
-      const std::uint64_t pages = range.end - range.first;
-      if (pages == 1 || occupied >= pages) {
+      if (occupied >= range.count) {
         if (auto error = settle(range)) return error;
       } else if (steps_ == 0) {
         leave(range);
       } else {
         --steps_;
-        const std::uint64_t middle = range.first + pages / 2;
-        open.push_back({middle, range.end});
-        open.push_back({range.first, middle});
+        const std::uint64_t half = range.count / 2;
+        open.push_back({range.first + half, range.count - half});
+        open.push_back({range.first, half});
       }
     }
     return std::nullopt;
   }
 
   [[nodiscard]] std::uint64_t unaccounted_pages() const { return unaccounted_; }
+  /// What turned out to be no hole.
+  [[nodiscard]] ExtentList&& take_data() { return std::move(data_); }
 
 private:
   /// Every slot of the range is occupied, by pages that SEEK_DATA skipped: allocated and never written, being migrated,
   /// or written since.
-  std::optional<SystemError> settle(FileRange range) {
-    const std::uint64_t pages = range.end - range.first;
-    if (pages > readable_) {
+  std::optional<SystemError> settle(Extent range) {
+    if (range.count > readable_) {
       leave(range);
       return std::nullopt;
     }
-    readable_ -= pages;
-    for (std::uint64_t first = range.first; first < range.end; first += block) {
-      const FileRange part{first, std::min(first + block, range.end)};
+    readable_ -= range.count;
+    for (std::uint64_t first = range.first; first < range.end(); first += block) {
+      const Extent part{first, std::min(block, range.end() - first)};
       bool zero = false;
       if (auto error = file_.reads_zero(part, zero)) return error;
       if (!zero)
-        data_.add(*PageRange::make(PageNumber(part.first), part.end - part.first));
+        data_.add(part);
       else if (auto error = file_.add_data(part, data_)) // zeros that were written are data like any other
         return error;
     }
     return std::nullopt;
   }
 
-  void leave(FileRange range) {
-    unaccounted_ += range.end - range.first;
-    data_.add(*PageRange::make(PageNumber(range.first), range.end - range.first));
+  void leave(Extent range) {
+    unaccounted_ += range.count;
+    data_.add(range);
   }
 
   static constexpr std::uint64_t block = 16; // pages read at a time, and counted as touched together if one is
   const FilePages& file_;
-  PageSet& data_;
+  ExtentList data_;
   std::uint64_t steps_ = 100'000;    // cachestat calls to find the occupied slots
   std::uint64_t readable_ = 1 << 18; // pages to read: 1 GiB, a fraction of a second
   std::uint64_t unaccounted_ = 0;
 };
 
-static std::optional<SystemError> confirm_by_cachestat(const FilePages& file, FileRange range, PageSet& data,
-                                                       std::uint64_t& unaccounted) {
-  HoleCheck check(file, data);
-  PageSet holes(*PageRange::make(PageNumber(range.first), range.end - range.first));
-  holes.remove(data);
-  for (const PageRange& hole : holes.ranges())
-    if (auto error = check.confirm({hole.first().value(), hole.end().value()})) return error;
-  unaccounted = check.unaccounted_pages();
+/// Of a file's `range`, without evidence that a call failed.
+struct FileEvidence {
+  std::vector<ExtentList> data;
+  std::uint64_t unaccounted = 0;
+};
+
+static std::optional<SystemError> confirm_by_cachestat(const FilePages& file, Extent range, FileEvidence& found) {
+  HoleCheck check(file);
+  std::uint64_t at = range.first;
+  const auto confirm_until = [&](std::uint64_t end) { return check.confirm({at, end - at}); };
+  ExtentList& data = found.data.emplace_back();
+  if (auto error = file.add_data(range, data)) return error;
+  for (const Extent& extent : data.extents()) {
+    if (extent.first > at)
+      if (auto error = confirm_until(extent.first)) return error;
+    at = extent.end();
+  }
+  if (range.end() > at)
+    if (auto error = confirm_until(range.end())) return error;
+  found.unaccounted = check.unaccounted_pages();
+  found.data.push_back(check.take_data());
   return std::nullopt;
 }
 
-/// For kernels before 6.5. A page that was skipped because it was in migration is found by another pass, or leaves the
-/// count short. Own page tables add the pages that are in migration and mapped here: guest and VMM writes.
-static std::optional<SystemError> confirm_by_blocks(int fd, const FilePages& file, FileRange range, const void* host,
-                                                    PageSet& data, std::uint64_t& unaccounted) {
-  const auto tables = page_table_evidence(host, (range.end - range.first) * page_size, EvidenceSource::automatic);
+/// For kernels before 6.5: a pass counts when it saw as many pages as the file has allocated after it, which leaves no
+/// room for a page that was skipped. What any pass saw is data. Own page tables add the pages that are mapped here,
+/// guest and VMM writes, whatever happens to them meanwhile.
+static std::optional<SystemError> confirm_by_blocks(int fd, const FilePages& file, Extent range, const void* host,
+                                                    FileEvidence& found) {
+  auto tables = page_table_evidence(host, range.count * page_size, EvidenceSource::automatic);
   if (tables.error) return SystemError{tables.error->operation, tables.error->os_error};
-  for (const Extent& extent : tables.touched)
-    data.add(*PageRange::make(PageNumber(range.first + extent.first), extent.count));
+  for (const ExtentList& list : tables.touched) {
+    ExtentList& data = found.data.emplace_back();
+    for (const Extent& extent : list.extents())
+      data.add({range.first + extent.first, extent.count});
+  }
 
   constexpr int passes = 16;
   for (int pass = 0; pass < passes; ++pass) {
-    if (pass > 0)
-      if (auto error = file.add_data(range, data)) return error;
     struct stat status{};
     if (fstat(fd, &status) != 0) return SystemError{"fstat of shared memory", errno};
-    const auto allocated = static_cast<std::uint64_t>(status.st_blocks) * 512 / page_size;
     const auto file_pages = (static_cast<std::uint64_t>(status.st_size) + page_size - 1) / page_size;
-    PageSet elsewhere;
+    ExtentList& data = found.data.emplace_back();
+    ExtentList elsewhere; // the embedder's other uses of the file
     if (range.first > 0)
       if (auto error = file.add_data({0, range.first}, elsewhere)) return error;
-    if (file_pages > range.end)
-      if (auto error = file.add_data({range.end, file_pages}, elsewhere)) return error;
-    const std::uint64_t found = data.page_count() + elsewhere.page_count();
-    if (found >= allocated) return std::nullopt;
-    unaccounted = allocated - found;
+    if (auto error = file.add_data(range, data)) return error;
+    if (file_pages > range.end())
+      if (auto error = file.add_data({range.end(), file_pages - range.end()}, elsewhere)) return error;
+    if (fstat(fd, &status) != 0) return SystemError{"fstat of shared memory", errno};
+    const auto allocated = static_cast<std::uint64_t>(status.st_blocks) * 512 / page_size;
+    const std::uint64_t seen = data.page_count() + elsewhere.page_count();
+    found.unaccounted = allocated > seen ? allocated - seen : 0;
+    if (found.unaccounted == 0) return std::nullopt;
   }
-  data.add(*PageRange::make(PageNumber(range.first), range.end - range.first));
   return std::nullopt;
 }
 
 RegionEvidence page_cache_evidence(int fd, std::uint64_t offset, const void* host, std::uint64_t bytes,
                                    EvidenceSource source) {
+  const FilePages file(fd);
+  const Extent range{offset / page_size, bytes / page_size};
   RegionEvidence result;
-  const auto failed = [&](SystemError error) {
+  FileEvidence found;
+  std::optional<SystemError> error;
+  std::uint64_t occupied = 0;
+  const bool has_cachestat = source == EvidenceSource::automatic && !file.occupied({range.first, 1}, occupied);
+  if (has_cachestat) {
+    result.kind = Evidence::page_cache;
+    error = confirm_by_cachestat(file, range, found);
+  } else {
+    result.kind = Evidence::page_cache_blocks;
+    error = confirm_by_blocks(fd, file, range, host, found);
+  }
+  result.unaccounted_pages = found.unaccounted;
+  if (!has_cachestat && found.unaccounted != 0) result.kind = Evidence::none;
+  if (error) {
     result.kind = Evidence::none;
     result.error = MemoryError{.code = MemoryErrc::os,
                                .address = reinterpret_cast<std::uintptr_t>(host),
                                .length = bytes,
-                               .os_error = error.os_error,
-                               .operation = error.operation};
-    return std::move(result);
-  };
-
-  const FilePages file(fd);
-  const FileRange range{offset / page_size, (offset + bytes) / page_size};
-  std::uint64_t occupied = 0;
-  const auto probe = source == EvidenceSource::automatic ? file.occupied(range, occupied)
-                                                         : std::optional(SystemError{"cachestat", ENOSYS});
-  PageSet data;
-  if (auto error = file.add_data(range, data)) return failed(*error);
-  if (!probe) {
-    result.kind = Evidence::page_cache;
-    if (auto error = confirm_by_cachestat(file, range, data, result.unaccounted_pages)) return failed(*error);
-  } else {
-    result.kind = Evidence::page_cache_blocks;
-    if (auto error = confirm_by_blocks(fd, file, range, host, data, result.unaccounted_pages)) return failed(*error);
-    if (result.unaccounted_pages != 0) result.kind = Evidence::none;
+                               .os_error = error->os_error,
+                               .operation = error->operation};
+    return result;
   }
-  for (const PageRange& pages : data.ranges())
-    result.touched.push_back({pages.first().value() - range.first, pages.count()});
+  for (const ExtentList& list : found.data) {
+    ExtentList& touched = result.touched.emplace_back();
+    for (const Extent& extent : list.extents())
+      touched.add({extent.first - range.first, extent.count});
+  }
   return result;
 }
 

@@ -12,6 +12,7 @@ module cppvmm.guest_memory:page_tables.impl;
 import :address;
 import :error;
 import :evidence;
+import :extents;
 import :survey;
 
 namespace cppvmm {
@@ -58,6 +59,7 @@ static RegionEvidence no_evidence(const char* operation, std::uint64_t host, std
 static RegionEvidence scan(int pagemap, std::uint64_t host, std::uint64_t bytes) {
   RegionEvidence result;
   result.kind = Evidence::page_tables_scan;
+  ExtentList& touched = result.touched.emplace_back();
   std::vector<PageRegion> found(4096);
   const std::uint64_t end = host + bytes;
   for (std::uint64_t at = host; at < end;) {
@@ -79,7 +81,7 @@ static RegionEvidence scan(int pagemap, std::uint64_t host, std::uint64_t bytes)
     }
     const auto regions = std::min(static_cast<std::size_t>(count), found.size());
     for (std::size_t i = 0; i < regions; ++i)
-      result.touched.push_back({(found[i].start - host) / page_size, (found[i].end - found[i].start) / page_size});
+      touched.add({(found[i].start - host) / page_size, (found[i].end - found[i].start) / page_size});
     // Room left in the vector: the end was reached. walk_end does not tell, for it can be stale. Otherwise everything
     // below the end of the last region has been reported.
     if (regions < found.size()) break;
@@ -91,6 +93,7 @@ static RegionEvidence scan(int pagemap, std::uint64_t host, std::uint64_t bytes)
 static RegionEvidence read_entries(int pagemap, std::uint64_t host, std::uint64_t bytes) {
   RegionEvidence result;
   result.kind = Evidence::page_tables_read;
+  ExtentList& touched = result.touched.emplace_back();
   std::vector<std::uint64_t> entries(std::min<std::uint64_t>(bytes / page_size, 65536));
   for (std::uint64_t page = 0; page < bytes / page_size;) {
     const std::uint64_t wanted = std::min<std::uint64_t>(entries.size(), bytes / page_size - page);
@@ -100,14 +103,8 @@ static RegionEvidence read_entries(int pagemap, std::uint64_t host, std::uint64_
     if (got < static_cast<ssize_t>(sizeof(std::uint64_t)))
       return no_evidence("read /proc/self/pagemap", host, bytes, got < 0 ? errno : 0);
     const auto complete = static_cast<std::uint64_t>(got) / sizeof(std::uint64_t);
-    for (std::uint64_t i = 0; i < complete; ++i) {
-      if ((entries[i] & (pagemap_present | pagemap_swapped)) == 0) continue;
-      auto& touched = result.touched;
-      if (!touched.empty() && touched.back().first + touched.back().count == page + i)
-        ++touched.back().count;
-      else
-        touched.push_back({page + i, 1});
-    }
+    for (std::uint64_t i = 0; i < complete; ++i)
+      if ((entries[i] & (pagemap_present | pagemap_swapped)) != 0) touched.add({page + i, 1});
     page += complete;
   }
   return result;

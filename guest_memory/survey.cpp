@@ -2,9 +2,11 @@ module;
 #include <chrono>
 #include <cstdint>
 #include <utility>
+#include <vector>
 module cppvmm.guest_memory:survey.impl;
 import :address;
 import :evidence;
+import :extents;
 import :memory_map;
 import :page_set;
 import :region;
@@ -89,8 +91,11 @@ Survey survey_map(const MemoryMap& map, const SurveyOptions& options) {
         touched.add(region.pages());
       } else {
         const std::uint64_t first = region.pages().first().value();
-        for (const Extent& extent : evidence.touched)
-          touched.add(*PageRange::make(PageNumber(first + extent.first), extent.count));
+        for (const ExtentList& list : evidence.touched) {
+          for (const Extent& extent : list.extents())
+            touched.add(*PageRange::make(PageNumber(first + extent.first), extent.count));
+          report.given_up_pages += list.given_up_pages();
+        }
       }
       report.evidence = evidence.kind;
       report.touched_pages = touched.page_count();

@@ -46,6 +46,9 @@ export struct RegionSurvey {
   std::uint64_t touched_pages = 0; ///< By evidence, before marks and what was left out.
   /// Pages that the host has allocated although no evidence says what for; they count as touched.
   std::uint64_t unaccounted_pages = 0;
+  /// Zero pages counted as touched because touched pages are scattered over more than 2^18 extents, which bounds the
+  /// memory that a guest can make a survey use. The largest zeroed ranges are never given up.
+  std::uint64_t given_up_pages = 0;
   /// Why there is no evidence, when a call failed.
   std::optional<MemoryError> error = std::nullopt;
   std::chrono::nanoseconds cost{};

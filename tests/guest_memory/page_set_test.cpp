@@ -1,0 +1,146 @@
+#include <cstdint>
+#include <gtest/gtest.h>
+#include <random>
+#include <set>
+#include <utility>
+#include <vector>
+import cppvmm.guest_memory;
+
+using namespace cppvmm;
+
+namespace {
+
+PageRange pages(std::uint64_t first, std::uint64_t count) { return *PageRange::make(PageNumber(first), count); }
+
+/// The set, page by page.
+std::set<std::uint64_t> each(const PageSet& set) {
+  std::set<std::uint64_t> result;
+  for (const PageRange& range : set.ranges())
+    for (std::uint64_t page = range.first().value(); page < range.end().value(); ++page)
+      result.insert(page);
+  return result;
+}
+
+TEST(PageSet, JoinsRangesThatTouch) {
+  PageSet set;
+  set.add(pages(10, 5));
+  set.add(pages(20, 5));
+  EXPECT_EQ(set.range_count(), 2U);
+  set.add(pages(15, 5));
+  EXPECT_EQ(set.ranges(), std::vector{pages(10, 15)});
+  set.add(pages(0, 0));
+  EXPECT_EQ(set.page_count(), 15U);
+}
+
+TEST(PageSet, HoldsTheWholeGuestPhysicalSpace) {
+  constexpr std::uint64_t all = guest_space_end >> page_shift;
+  PageSet set(pages(0, all));
+  EXPECT_EQ(set.page_count(), all);
+  set.remove(pages(all - 1, 1));
+  EXPECT_FALSE(set.contains(PageNumber(all - 1)));
+  EXPECT_TRUE(set.contains(PageNumber(all - 2)));
+}
+
+TEST(PageSet, GivesTheLargestFirstAndOfEqualsTheLowest) {
+  PageSet set;
+  set.add(pages(100, 3));
+  set.add(pages(0, 3));
+  set.add(pages(50, 7));
+  set.add(pages(200, 1));
+  EXPECT_EQ(set.largest(3), (std::vector{pages(50, 7), pages(0, 3), pages(100, 3)}));
+  EXPECT_EQ(set.largest(0), std::vector<PageRange>{});
+  EXPECT_EQ(set.largest(99).size(), 4U);
+}
+
+TEST(PageSet, IsAValue) {
+  PageSet original(pages(1, 1));
+  PageSet copy = original;
+  copy.add(pages(5, 1));
+  EXPECT_EQ(original.page_count(), 1U);
+  original = copy;
+  EXPECT_EQ(original, copy);
+  const PageSet& itself = original;
+  original = itself;
+  EXPECT_EQ(original, copy);
+  const PageSet moved = std::move(copy);
+  EXPECT_EQ(moved, original);
+}
+
+// Random operations on a PageSet and on a std::set of pages come out the same.
+TEST(PageSet, AgreesWithASetOfPages) {
+  std::mt19937 random(20240521);
+  const auto draw = [&](unsigned bound) { return std::uniform_int_distribution<unsigned>(0, bound)(random); };
+  for (int round = 0; round < 200; ++round) {
+    PageSet set;
+    std::set<std::uint64_t> expected;
+    for (int step = 0; step < 30; ++step) {
+      const PageRange range = pages(draw(200), draw(20));
+      PageSet other(pages(draw(200), draw(60)));
+      other.add(pages(draw(200), draw(60)));
+      const auto other_pages = each(other);
+      switch (draw(4)) {
+      case 0:
+        set.add(range);
+        for (auto page = range.first().value(); page < range.end().value(); ++page)
+          expected.insert(page);
+        break;
+      case 1:
+        set.remove(range);
+        for (auto page = range.first().value(); page < range.end().value(); ++page)
+          expected.erase(page);
+        break;
+      case 2:
+        set.add(other);
+        expected.insert(other_pages.begin(), other_pages.end());
+        break;
+      case 3:
+        set.remove(other);
+        for (auto page : other_pages)
+          expected.erase(page);
+        break;
+      default:
+        set.intersect(other);
+        std::erase_if(expected, [&](auto page) { return !other_pages.contains(page); });
+        break;
+      }
+      ASSERT_EQ(each(set), expected);
+      ASSERT_EQ(set.page_count(), expected.size());
+      ASSERT_EQ(set.empty(), expected.empty());
+      const auto lower = expected.lower_bound(range.first().value());
+      ASSERT_EQ(set.intersects(range), lower != expected.end() && *lower < range.end().value());
+      ASSERT_EQ(set.contains(range.first()), expected.contains(range.first().value()));
+      std::uint64_t held = 0;
+      for (auto page = range.first().value(); page < range.end().value(); ++page)
+        held += expected.count(page);
+      ASSERT_EQ(set.contains(range), held == range.count());
+    }
+  }
+}
+
+TEST(TouchedMap, UnitesTouchersPageByPage) {
+  TouchedMap map;
+  map.mark(pages(0, 10), Toucher::host);
+  map.mark(pages(5, 10), Toucher::device);
+  EXPECT_EQ(map.entries(), (std::vector<TouchedMap::Entry>{{pages(0, 5), Toucher::host},
+                                                           {pages(5, 5), Touchers(Toucher::host) | Toucher::device},
+                                                           {pages(10, 5), Toucher::device}}));
+  EXPECT_TRUE(map.at(PageNumber(7)).has(Toucher::host));
+  EXPECT_TRUE(map.at(PageNumber(7)).has(Toucher::device));
+  EXPECT_FALSE(map.at(PageNumber(7)).has(Toucher::guest));
+  EXPECT_TRUE(map.at(PageNumber(15)).empty());
+  EXPECT_EQ(map.pages(), PageSet(pages(0, 15)));
+}
+
+TEST(TouchedMap, ForgetsWhatIsCleared) {
+  TouchedMap map;
+  map.mark(pages(0, 10), Toucher::guest);
+  map.clear(pages(2, 3));
+  EXPECT_EQ(map.entries(),
+            (std::vector<TouchedMap::Entry>{{pages(0, 2), Toucher::guest}, {pages(5, 5), Toucher::guest}}));
+  TouchedMap copy = map;
+  copy.clear(pages(0, 100));
+  EXPECT_TRUE(copy.empty());
+  EXPECT_FALSE(map.empty());
+}
+
+} // namespace
