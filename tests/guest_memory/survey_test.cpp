@@ -258,31 +258,6 @@ TEST_P(SurveyOf, NeverReportsDataWhileOthersWrite) {
   writer.join();
 }
 
-// Compaction moves pages about; on kernels before 6.5 SEEK_DATA misses a page on its way.
-TEST_P(SurveyOf, NeverReportsDataInMigration) {
-  const int compact = open("/proc/sys/vm/compact_memory", O_WRONLY | O_CLOEXEC);
-  if (compact < 0) GTEST_SKIP() << "compaction needs root and CONFIG_COMPACTION: errno " << errno;
-  PageSet data;
-  // Every fourth page, so that there is something to compact.
-  for (std::uint64_t page = first_page; page < first_page + region_pages; page += 4) {
-    *static_cast<volatile std::byte*>(host(page)) = std::byte{1};
-    data.add(pages(page, 1));
-  }
-  std::atomic<bool> stop = false;
-  std::thread compactor([&] {
-    while (!stop)
-      if (pwrite(compact, "1", 1, 0) != 1) break;
-  });
-  for (int i = 0; i < 50; ++i) {
-    Survey result = survey();
-    result.zeroed.intersect(data);
-    EXPECT_TRUE(result.zeroed.empty()) << result.zeroed.page_count() << " pages with data were reported";
-  }
-  stop = true;
-  compactor.join();
-  close(compact);
-}
-
 std::string name_of(const testing::TestParamInfo<std::tuple<Memory, EvidenceSource>>& info) {
   constexpr std::array memories = {"anonymous", "memfd", "adopted_anonymous", "adopted_memfd"};
   const auto [memory, source] = info.param;
@@ -379,6 +354,46 @@ TEST(Survey, TellsAllocatedFromWritten) {
   EXPECT_TRUE(legacy.zeroed.empty());
   EXPECT_EQ(legacy.regions[0].unaccounted_pages, 255U);
   EXPECT_EQ(legacy.regions[0].evidence, Evidence::none);
+}
+
+// Compaction moves pages about, and while one is on its way SEEK_DATA does not see it (met on Linux 6.1). The pages are
+// written through the descriptor, so that this process's page tables do not show them either.
+TEST(Survey, NeverReportsDataInMigration) {
+  const int compact = open("/proc/sys/vm/compact_memory", O_WRONLY | O_CLOEXEC);
+  if (compact < 0) GTEST_SKIP() << "compaction needs root and CONFIG_COMPACTION: errno " << errno;
+  constexpr std::uint64_t all = 64 * mib / page_size;
+  const Region shared = *Region::memfd(GuestAddress(0), all * page_size);
+  const Region own = *Region::anonymous(GuestAddress(all * page_size), all * page_size);
+  madvise(own.host_address(), all * page_size, MADV_NOHUGEPAGE);
+  const GuestMemory memory(*MemoryMap::make({shared, own}));
+  // Fill, then free three pages of four, so that there is something to compact.
+  PageSet data;
+  const std::vector<std::byte> filling(all * page_size, std::byte{1});
+  ASSERT_EQ(pwrite(shared.file_descriptor(), filling.data(), filling.size(), 0), static_cast<ssize_t>(filling.size()));
+  ASSERT_TRUE(memory.write(own.start(), filling));
+  for (std::uint64_t page = 0; page < all; page += 4) {
+    data.add(pages(page, 1));
+    data.add(pages(all + page, 1));
+    ASSERT_EQ(fallocate(shared.file_descriptor(), FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
+                        static_cast<off_t>((page + 1) * page_size), 3 * page_size),
+              0);
+    ASSERT_EQ(
+        madvise(static_cast<std::byte*>(own.host_address()) + (page + 1) * page_size, 3 * page_size, MADV_DONTNEED), 0);
+  }
+  std::atomic<bool> stop = false;
+  std::thread compactor([&] {
+    while (!stop && pwrite(compact, "1", 1, 0) == 1) {
+    }
+  });
+  for (const auto source : {EvidenceSource::automatic, EvidenceSource::legacy})
+    for (int i = 0; i < 50; ++i) {
+      Survey result = memory.survey({.leave_out = {}, .source = source});
+      result.zeroed.intersect(data);
+      EXPECT_TRUE(result.zeroed.empty()) << result.zeroed.page_count() << " pages with data were reported";
+    }
+  stop = true;
+  compactor.join();
+  close(compact);
 }
 
 TEST(Survey, ConfirmsHolesAndSaysWhatItCouldNot) {
