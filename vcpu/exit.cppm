@@ -28,9 +28,9 @@ export struct IoIn {
 /// The guest writes to a port.
 export struct IoOut {
   std::uint16_t port = 0;
-  std::uint8_t size = 0;           ///< Bytes of one access: 1, 2 or 4.
-  std::uint32_t count = 0;         ///< Accesses: more than one for string instructions.
-  std::span<const std::byte> data; ///< size * count bytes.
+  std::uint8_t size = 0;             ///< Bytes of one access: 1, 2 or 4.
+  std::uint32_t count = 0;           ///< Accesses: more than one for string instructions.
+  std::span<const std::byte> data{}; ///< size * count bytes.
 };
 
 /// The guest reads where no memory slot is. Answer with Vcpu::complete_mmio_read; unanswered, it reads all ones.
@@ -41,8 +41,8 @@ export struct MmioRead {
 
 /// The guest writes where no memory slot is, or to a read-only one.
 export struct MmioWrite {
-  std::uint64_t address = 0;       ///< Guest-physical.
-  std::span<const std::byte> data; ///< 1 to 8 bytes.
+  std::uint64_t address = 0;         ///< Guest-physical.
+  std::span<const std::byte> data{}; ///< 1 to 8 bytes.
 };
 
 /// HLT, in a VM without KVM's interrupt controller.
@@ -53,8 +53,8 @@ export struct Shutdown {};
 
 /// The guest asks for something that concerns the whole VM.
 export struct SystemEvent {
-  std::uint32_t type = 0;              ///< KVM_SYSTEM_EVENT_*: 1 shutdown, 2 reset, 3 crash, ...
-  std::span<const std::uint64_t> data; ///< What KVM tells about it; at most 16 values.
+  std::uint32_t type = 0;                ///< KVM_SYSTEM_EVENT_*: 1 shutdown, 2 reset, 3 crash, ...
+  std::span<const std::uint64_t> data{}; ///< What KVM tells about it; at most 16 values.
 };
 
 /// The processor refused to enter the guest.
@@ -65,10 +65,10 @@ export struct FailEntry {
 
 /// KVM gave up.
 export struct InternalError {
-  std::uint32_t suberror = 0;          ///< KVM_INTERNAL_ERROR_*: 1 an instruction that KVM could not emulate, ...
-  std::span<const std::uint64_t> data; ///< At most 16 values.
+  std::uint32_t suberror = 0;            ///< KVM_INTERNAL_ERROR_*: 1 an instruction that KVM could not emulate, ...
+  std::span<const std::uint64_t> data{}; ///< At most 16 values.
   /// The instruction that could not be emulated, as far as KVM fetched it; empty when it does not say.
-  std::span<const std::byte> instruction;
+  std::span<const std::byte> instruction{};
 };
 
 /// The guest reads an MSR that user space owns. Must be answered: Vcpu::complete_read_msr or Vcpu::refuse_msr (#GP).
