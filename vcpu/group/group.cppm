@@ -51,9 +51,9 @@ export [[nodiscard]] std::uint64_t vcpu_ticks_per_second();
 export struct VcpuEnd {
   std::uint32_t id = 0; ///< Vcpu::id.
   VcpuEndReason reason{};
-  std::optional<KvmError> error;
-  std::exception_ptr exception;
-  std::optional<VcpuTicks> ticks; ///< Taken by the thread as its last act; nothing when /proc cannot be read.
+  std::optional<KvmError> error{};
+  std::exception_ptr exception{};
+  std::optional<VcpuTicks> ticks{}; ///< Taken by the thread as its last act; nothing when /proc cannot be read.
 };
 
 /// The ends of all vCPUs, in the order in which they were given to the group.
