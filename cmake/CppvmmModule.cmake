@@ -1,13 +1,18 @@
 # cppvmm_add_module(NAME
-#   INTERFACE  files...   # front door and public partitions: installed, importable by consumers
-#   INTERNAL   files...   # implementation and internal partitions: a private file set, never installed
-#   LINKS      targets... # what importers need too
-#   NEEDS      targets... # what only the build of this module needs (header-only third parties)
+#   [COMPONENT]            # an optional component of the package: find_package(cppvmm COMPONENTS NAME) asks for it
+#   INTERFACE  files...    # front door and public partitions: installed, importable by consumers
+#   INTERNAL   files...    # implementation and internal partitions: a private file set, never installed
+#   LINKS      targets...  # what importers need too
+#   NEEDS      targets...  # what only the build of this module needs (header-only third parties)
 # )
 # Makes the static library cppvmm_NAME, its alias cppvmm::NAME, and its install rules. Paths are relative to the
 # source root, so that a module's front door (modules/) and its partitions (NAME/) share one file set.
+#
+# The modules without COMPONENT are the package: a consumer of it finds all of them and needs nothing but threads. A
+# COMPONENT is for a module whose importers need more (its LINKS name a third party): it has an export set of its own,
+# and cppvmm-config.cmake.in says what must be found before it.
 function(cppvmm_add_module name)
-  cmake_parse_arguments(PARSE_ARGV 1 arg "" "" "INTERFACE;INTERNAL;LINKS;NEEDS")
+  cmake_parse_arguments(PARSE_ARGV 1 arg "COMPONENT" "" "INTERFACE;INTERNAL;LINKS;NEEDS")
   if(arg_UNPARSED_ARGUMENTS)
     message(FATAL_ERROR "cppvmm_add_module(${name}): unknown arguments ${arg_UNPARSED_ARGUMENTS}")
   endif()
@@ -31,8 +36,14 @@ function(cppvmm_add_module name)
   endforeach()
 
   if(CPPVMM_INSTALL)
-    install(TARGETS ${target} EXPORT cppvmm-targets
+    if(arg_COMPONENT)
+      set(export cppvmm-${name}-targets)
+    else()
+      set(export cppvmm-targets)
+    endif()
+    install(TARGETS ${target} EXPORT ${export}
       ARCHIVE DESTINATION "${CMAKE_INSTALL_LIBDIR}"
       FILE_SET interface DESTINATION "${CMAKE_INSTALL_LIBDIR}/cmake/cppvmm/modules")
+    set_property(GLOBAL APPEND PROPERTY CPPVMM_EXPORT_SETS ${export})
   endif()
 endfunction()
