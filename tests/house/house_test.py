@@ -1,0 +1,181 @@
+"""house_test.py ROOT: plants violations in copies of the tree, and sees that docs/house.py names each."""
+
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import unittest
+
+ROOT = pathlib.Path(sys.argv.pop(1)).resolve()
+
+
+class PlantedViolations(unittest.TestCase):
+    def setUp(self):
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.root = pathlib.Path(folder.name)
+        for name in ("modules", "guest_memory", "vcpu", "hv_ext"):
+            shutil.copytree(ROOT / name, self.root / name)
+        (self.root / "docs").mkdir()
+        # The picture as it is for this copy, so that nothing but what is planted can be wrong.
+        self.assertEqual(self.run_house(), (0, "wrote docs/house.svg\n"))
+        self.assertEqual(self.run_house("--check"), (0, ""))
+
+    def run_house(self, *arguments):
+        done = subprocess.run(
+            [sys.executable, ROOT / "docs/house.py", "--root", self.root, *arguments],
+            capture_output=True, text=True, check=False)
+        self.assertEqual(done.stderr, "")
+        return done.returncode, done.stdout
+
+    def assert_caught(self, place, *words):
+        """A line begins with the place and holds the words; the exit status is 1, with and without --check."""
+        for arguments in (["--check"], []):
+            status, output = self.run_house(*arguments)
+            self.assertEqual(status, 1, output)
+            lines = [line for line in output.splitlines() if line.startswith(place)]
+            self.assertTrue(any(all(word in line for word in words) for line in lines), output)
+
+    def edit(self, path, pattern, replacement):
+        file = self.root / path
+        text, count = re.subn(pattern, replacement, file.read_text(), count=1, flags=re.M)
+        self.assertEqual(count, 1, f"{pattern} in {path}")
+        file.write_text(text)
+
+    def add(self, path, text, section=None):
+        """A new source; with a section, listed under it."""
+        (self.root / path).write_text(text)
+        if section:
+            self.edit(f"{path.split('/')[0]}/CMakeLists.txt", rf"^ *{section}$", rf"\g<0>\n    {path}")
+
+    def after_module_line(self, path, line):
+        self.edit(path, r"^(export )?module cppvmm[\w.:]*;$", rf"\g<0>\n{line}")
+
+    def test_picture_out_of_date(self):
+        self.add("hv_ext/extra.cppm", "export module cppvmm.hv_ext:extra;\nimport :tlfs;\n", "INTERFACE")
+        self.edit("modules/cppvmm.hv_ext.cppm", r"\Z", "export import :extra;\n")
+        status, output = self.run_house("--check")
+        self.assertEqual((status, output), (1, "docs/house.svg:1: out of date: run ./dev graph\n"))
+        self.assertEqual(self.run_house(), (0, "wrote docs/house.svg\n"))
+        self.assertIn(">extra<", (self.root / "docs/house.svg").read_text())
+        self.assertEqual(self.run_house("--check"), (0, ""))
+
+    def test_picture_missing(self):
+        (self.root / "docs/house.svg").unlink()
+        self.assertEqual(self.run_house("--check")[0], 1)
+
+    def test_same_sources_same_picture(self):
+        before = (self.root / "docs/house.svg").read_bytes()
+        (self.root / "docs/house.svg").unlink()
+        self.run_house()
+        self.assertEqual((self.root / "docs/house.svg").read_bytes(), before)
+
+    def test_cycle_of_partitions(self):
+        self.add("vcpu/a.cppm", "export module cppvmm.vcpu:a;\nimport :b;\n", "INTERFACE")
+        self.add("vcpu/b.cppm", "export module cppvmm.vcpu:b;\nexport import :a;\n", "INTERFACE")
+        self.assert_caught("vcpu/", "cycle", "cppvmm.vcpu:a -> cppvmm.vcpu:b -> cppvmm.vcpu:a")
+
+    def test_partition_that_imports_itself(self):
+        self.add("vcpu/a.cppm", "export module cppvmm.vcpu:a;\nimport :a;\n", "INTERFACE")
+        self.assert_caught("vcpu/a.cppm:1:", "cycle", "cppvmm.vcpu:a -> cppvmm.vcpu:a")
+
+    def test_cycle_through_the_front_door(self):
+        self.after_module_line("guest_memory/error.cppm", "import cppvmm.guest_memory;")
+        self.assert_caught("guest_memory/error.cppm:", "imports the front door")
+
+    def test_cycle_of_modules(self):
+        self.after_module_line("hv_ext/tlfs.cppm", "import cppvmm.vcpu;")
+        self.after_module_line("vcpu/error.cpp", "import cppvmm.hv_ext;")
+        self.assert_caught("modules/", "cycle", "cppvmm.hv_ext -> cppvmm.vcpu -> cppvmm.hv_ext")
+
+    def test_guest_memory_imports_vcpu(self):
+        self.after_module_line("guest_memory/error.cpp", "import cppvmm.vcpu;")
+        self.assert_caught("guest_memory/error.cpp:", "cppvmm.guest_memory imports cppvmm.vcpu")
+
+    def test_vcpu_imports_guest_memory(self):
+        self.after_module_line("vcpu/error.cppm", "  import   cppvmm.guest_memory ;")
+        self.assert_caught("vcpu/error.cppm:", "cppvmm.vcpu imports cppvmm.guest_memory")
+
+    def test_library_imports_hv_ext(self):
+        self.after_module_line("vcpu/error.cpp", "export import cppvmm.hv_ext;")
+        self.assert_caught("vcpu/error.cpp:", "imports cppvmm.hv_ext: nothing in the library may")
+
+    def test_import_of_what_is_not_there(self):
+        self.after_module_line("vcpu/error.cpp", "import :nothing;")
+        self.assert_caught("vcpu/error.cpp:", "imports :nothing")
+        self.edit("vcpu/error.cpp", "import :nothing;", "import nothing;")
+        self.assert_caught("vcpu/error.cpp:", "imports nothing")
+
+    def test_headers_in_an_interface(self):
+        for header in ("boost/icl/interval_set.hpp", "linux/userfaultfd.h", "asm/unistd.h", "sys/ioctl.h"):
+            with self.subTest(header):
+                self.edit("guest_memory/error.cppm", r"^module;$", f"module;\n#include <{header}>")
+                self.assert_caught("guest_memory/error.cppm:2:", header, "interface unit")
+                self.edit("guest_memory/error.cppm", rf"^#include <{header}>\n", "")
+
+    def test_header_that_another_header_brings(self):
+        (self.root / "vcpu/raw.hpp").write_text("#pragma once\n#include <linux/kvm.h>\n")
+        self.edit("vcpu/error.cppm", r"^module;$", 'module;\n  # include "raw.hpp"')
+        self.assert_caught("vcpu/error.cppm:2:", "linux/kvm.h", "vcpu/raw.hpp")
+
+    def test_headers_in_an_implementation(self):
+        self.edit("vcpu/error.cpp", r"^module;$", "module;\n#include <linux/kvm.h>\n#include <boost/icl/interval.hpp>")
+        self.assertEqual(self.run_house()[0], 0)
+
+    def test_kvm_outside_vcpu(self):
+        self.edit("guest_memory/error.cpp", r"^module;$", "module;\n#include <linux/kvm.h>")
+        self.assert_caught("guest_memory/error.cpp:2:", "KVM belongs in cppvmm.vcpu")
+
+    def test_asio_outside_the_group(self):
+        self.edit("vcpu/error.cpp", r"^module;$", "module;\n#include <boost/asio/post.hpp>")
+        self.assert_caught("vcpu/error.cpp:2:", "Asio belongs in cppvmm.vcpu_group")
+
+    def test_code_in_a_front_door(self):
+        self.edit("modules/cppvmm.vcpu.cppm", r"\Z", "export inline int answer = 42;\n")
+        self.assert_caught("modules/cppvmm.vcpu.cppm:", "not: export inline int answer")
+
+    def test_include_in_a_front_door(self):
+        self.edit("modules/cppvmm.vcpu.cppm", r"^export module", "module;\n#include <cstdint>\nexport module")
+        self.assert_caught("modules/cppvmm.vcpu.cppm:", "not: #include <cstdint>")
+
+    def test_front_door_that_keeps_an_import_to_itself(self):
+        self.edit("modules/cppvmm.vcpu.cppm", r"^export import :error;", "import :error;")
+        self.assert_caught("modules/cppvmm.vcpu.cppm:", "does not export cppvmm.vcpu:error")
+
+    def test_anything_else_in_modules(self):
+        self.add("modules/extra.cppm", "export module cppvmm.vcpu:extra;\n")
+        self.assert_caught("modules/extra.cppm:1:", "front doors only")
+
+    def test_source_that_cmake_does_not_list(self):
+        self.add("guest_memory/stray.cpp", "module cppvmm.guest_memory:stray;\n")
+        self.assert_caught("guest_memory/stray.cpp:1:", "no cppvmm_add_module() lists this file")
+
+    def test_source_that_is_listed_as_a_comment(self):
+        self.edit("guest_memory/CMakeLists.txt", r"guest_memory/error\.cppm", r"# \g<0>")
+        self.assert_caught("guest_memory/error.cppm:", "no cppvmm_add_module() lists this file")
+
+    def test_interface_that_is_listed_as_internal(self):
+        self.add("vcpu/extra.cppm", "export module cppvmm.vcpu:extra;\n", "INTERNAL")
+        self.assert_caught("vcpu/extra.cppm:1:", "listed under INTERNAL and belongs under INTERFACE")
+
+    def test_interface_that_imports_an_internal_partition(self):
+        self.add("vcpu/inner.cpp", "module cppvmm.vcpu:inner;\n", "INTERNAL")
+        self.after_module_line("vcpu/error.cppm", "import :inner;")
+        self.assert_caught("vcpu/error.cppm:", "imports the internal partition cppvmm.vcpu:inner")
+
+    def test_source_of_another_module(self):
+        self.add("vcpu/lost.cpp", "module cppvmm.guest_memory:lost;\n", "INTERNAL")
+        self.assert_caught("vcpu/lost.cpp:1:", "belongs in guest_memory/")
+
+    def test_source_of_no_module(self):
+        self.add("vcpu/plain.cpp", "// import cppvmm.vcpu;\nint f() { return 1'000; }\n")
+        self.assert_caught("vcpu/plain.cpp:1:", "belongs to no module")
+
+    def test_what_a_comment_or_a_string_says_does_not_count(self):
+        self.edit("vcpu/error.cpp", r"\Z", '/*\nimport cppvmm.hv_ext;\n*/ // import :none;\nauto s = "\\"//";\n')
+        self.assertEqual(self.run_house("--check"), (0, ""))
+
+
+unittest.main()
