@@ -486,7 +486,7 @@ class Room:
 
     def text(self, own_module):
         """(class, size, text) a line."""
-        lines = [("name", 12, self.unit.partition)]
+        lines = [("name", 12, self.unit.partition.removesuffix(".impl"))]
         first, *others = (pathlib.PurePosixPath(unit.path) for unit in self.units)
         short = (file.suffix if file.stem == first.stem else file.name for file in others)
         lines.append(("files", 10, " ".join([first.name, *short])))
@@ -555,24 +555,29 @@ class House:
                         else:
                             dashed.append((partition, target, "inside"))
         edges = sorted(set(solid))
-        # Two rooms' implementations may import each other's interface: then one of the two lines goes without saying.
-        for edge in sorted(set(dashed)):
-            if edge[0] not in reachable(edges, edge[1]) and (edge[0], edge[1], "line") not in edges:
-                edges.append(edge)
+        # An implementation may import what stands on its own interface: that line goes up. It is laid as one that goes
+        # down, from its tip.
+        up = []
+        for a, b, style in sorted(set(dashed)):
+            if a in reachable(edges, b):
+                up.append((b, a, "up"))
+            elif (a, b, "line") not in edges:
+                edges.append((a, b, style))
         self.text = {partition: room.text(self.module) for partition, room in self.rooms.items()}
         sizes = {}
         for partition, lines in self.text.items():
             width = max(text_width(text, size) for _, size, text in lines) + 16
             sizes[partition] = (2 * round(max(70, width) / 2), 14 + sum(size + 4 for _, size, _ in lines))
-        self.layout = Layout(sizes, without_implied(edges, "line"), 14, 44)
+        self.layout = Layout(sizes, without_implied(edges, "line") + up, 14, 44)
         name = max(text_width(self.module, 16.5) + 2 * EAVES, text_width(self.door.path, 10) + 2 * PADDING)
         self.width = 2 * round(max(self.layout.width + 2 * PADDING, name) / 2)
         self.height = ROOF + 26 + self.layout.height + PADDING
 
     def draw(self, x, y, out):
         out.append(f'<g><title>{escape(self.module)}: {escape(self.door.path)}</title>')
-        out.append(f'<rect class="house" x="{x + 8}" y="{y + ROOF}" width="{self.width - 16}" height="{self.height - ROOF}"/>')
-        out.append(f'<path class="roof" d="M{x} {y + ROOF} L{x + EAVES} {y} H{x + self.width - EAVES} L{x + self.width} {y + ROOF} Z"/>')
+        right, walls = x + self.width, y + ROOF
+        out.append(f'<rect class="house" x="{x + 8}" y="{walls}" width="{self.width - 16}" height="{self.height - ROOF}"/>')
+        out.append(f'<path class="roof" d="M{x} {walls} L{x + EAVES} {y} H{right - EAVES} L{right} {walls} Z"/>')
         out.append(text_at("module", x + self.width // 2, y + ROOF - 11, self.module))
         out.append(text_at("path", x + self.width // 2, y + ROOF + 16, self.door.path))
         left, top, lay = x + (self.width - self.layout.width) // 2, y + ROOF + 26, self.layout
@@ -610,9 +615,16 @@ def draw_lines(lay, left, top, out, top_of=None):
         x1, x2 = left + x1, left + x2
         y1, y2 = top + lay.bottom[lay.row[a]], top + lay.top[lay.row[b]]
         middle = (y1 + y2) // 2
-        path = f"M{x1} {y1} C{x1} {middle} {x2} {middle} {x2} {y2}"
-        if b[0] == "lane":
-            out.append(f'<path class="{style}" d="{path} V{top + lay.bottom[lay.row[b]]}"/>')
+        path = f"C{x1} {middle} {x2} {middle} {x2} {y2}"
+        lane_end = f" V{top + lay.bottom[lay.row[b]]}" if b[0] == "lane" else ""
+        if style == "up":
+            start = y1 if a[0] == "lane" else y1 + 6
+            out.append(f'<path class="inside" d="M{x1} {start} {path}{lane_end}"/>')
+            if a[0] != "lane":
+                out.append(f'<path class="tip-inside" d="M{x1} {y1} l-4 8 h8 Z"/>')
+            continue
+        if lane_end:
+            out.append(f'<path class="{style}" d="M{x1} {y1} {path}{lane_end}"/>')
             continue
         tip = top_of[b] if top_of else y2
         path = f"M{x1} {y1} C{x1} {middle} {x2} {middle} {x2} {y2 - 6}" + (f" V{tip - 6}" if tip != y2 else "")
@@ -643,7 +655,8 @@ def draw(units):
     left = (width - lay.width) // 2
     height = lay.height + 2 * margin + 56
     out = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}"'
+        ' role="img">',
         "<title>The modules of cppvmm, their partitions, and what imports what</title>",
         f"<style>{STYLE}</style>",
         f'<rect class="paper" width="{width}" height="{height}"/>',
