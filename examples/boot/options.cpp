@@ -1,0 +1,127 @@
+#include "options.hpp"
+
+#include "tests/guests/zeroing/abi.hpp"
+
+#include <CLI/CLI.hpp>
+#include <charconv>
+#include <limits>
+#include <map>
+
+namespace cppvmm::boot {
+namespace {
+
+constexpr std::uint64_t mebi = std::uint64_t{1} << 20;
+constexpr std::uint64_t minimum_memory = 4 * mebi;
+constexpr std::uint64_t maximum_memory = std::uint64_t{64} << 40;
+
+const std::map<std::string, MemoryBacking> backings = {
+    {"anonymous", MemoryBacking::anonymous}, {"memfd", MemoryBacking::memfd}, {"hugetlb", MemoryBacking::hugetlb}};
+const std::map<std::string, Hypercalls> transports = {{"auto", Hypercalls::automatic},
+                                                      {"kernel", Hypercalls::kernel},
+                                                      {"user", Hypercalls::user},
+                                                      {"off", Hypercalls::off}};
+
+template <class T>
+const char* word_for(const std::map<std::string, T>& words, T value) {
+  for (const auto& [word, meaning] : words)
+    if (meaning == value) return word.c_str();
+  return "?";
+}
+
+template <class T>
+CLI::Validator one_of(const std::map<std::string, T>& words) {
+  std::string list;
+  for (const auto& [word, meaning] : words)
+    list += (list.empty() ? "" : ", ") + word;
+  return CLI::Validator(
+      [&words, list](const std::string& text) {
+        return words.contains(text) ? std::string() : "\"" + text + "\" is none of " + list;
+      },
+      "");
+}
+
+/// Empty, or what is wrong with the size.
+std::string check_memory(const std::string& text) {
+  const auto bytes = parse_size(text);
+  if (!bytes) return "\"" + text + "\" is not a size such as 64M or 1G";
+  if (*bytes % zeroing::page_bytes != 0) return "must be a multiple of 4 KiB";
+  if (*bytes < minimum_memory) return "must be at least 4M";
+  if (*bytes > maximum_memory) return "must be at most 64T";
+  return {};
+}
+
+} // namespace
+
+const char* to_string(MemoryBacking backing) { return word_for(backings, backing); }
+const char* to_string(Hypercalls hypercalls) { return word_for(transports, hypercalls); }
+
+std::optional<std::uint64_t> parse_size(std::string_view text) {
+  std::uint64_t value = 0;
+  const auto [rest, error] = std::from_chars(text.data(), text.data() + text.size(), value);
+  if (error != std::errc()) return std::nullopt;
+  std::string_view suffix(rest, static_cast<std::size_t>(text.data() + text.size() - rest));
+  if (suffix.empty()) return value;
+  const auto power = std::string_view("KMGT").find(suffix.front() >= 'a' ? static_cast<char>(suffix.front() - 'a' + 'A')
+                                                                         : suffix.front());
+  if (power == std::string_view::npos) return std::nullopt;
+  suffix.remove_prefix(1);
+  if (!suffix.empty() && suffix != "B" && suffix != "iB") return std::nullopt;
+  const auto shift = static_cast<unsigned>(10 * (power + 1));
+  if (value > std::numeric_limits<std::uint64_t>::max() >> shift) return std::nullopt;
+  return value << shift;
+}
+
+std::expected<Options, EarlyExit> parse_options(int argc, const char* const* argv) {
+  Options options;
+  std::string memory = "128M";
+  std::string backing = "anonymous";
+  std::string hypercalls = "auto";
+  std::string guest = "zeroing";
+
+  CLI::App app("Boots a guest on KVM that wants its memory zeroed, and tells it which memory is zero already.",
+               "cppvmm-boot");
+  app.add_option("--memory", memory, "Guest RAM, e.g. 64M or 1G; above 3G the rest starts at 4G")
+      ->capture_default_str()
+      ->type_name("SIZE")
+      ->check(CLI::Validator(check_memory, ""));
+  app.add_option("--cpus", options.cpus, "Virtual CPUs, 1 to " + std::to_string(zeroing::max_cpus))
+      ->capture_default_str()
+      ->type_name("N")
+      ->check(CLI::Range(std::size_t{1}, zeroing::max_cpus));
+  app.add_option("--backing", backing, "What holds guest RAM: anonymous, memfd or hugetlb (2 MiB pages)")
+      ->capture_default_str()
+      ->type_name("KIND")
+      ->check(one_of(backings));
+  app.add_option("--hypercalls", hypercalls,
+                 "Who takes Hyper-V hypercalls: kernel (KVM forwards them), user (this program, by MSR filter and port "
+                 "I/O), auto (kernel where KVM can, else user), off (no Hyper-V interface)")
+      ->capture_default_str()
+      ->type_name("WAY")
+      ->check(one_of(transports));
+  app.add_option("--guest", guest, "The guest program: zeroing (zeroes all memory that it is not told to be zero)")
+      ->capture_default_str()
+      ->type_name("NAME")
+      ->check(CLI::IsMember({"zeroing"}));
+  app.add_flag("--audit", options.audit,
+               "Re-read all RAM by another way right after the answer, and count pages that it got wrong");
+  app.add_option("--json", options.json, "Write the figures as JSON to this file (- for standard output)")
+      ->type_name("FILE");
+  app.add_option("--kvm-device", options.kvm_device, "KVM's device")->capture_default_str()->type_name("FILE");
+
+  try {
+    app.parse(argc, argv);
+  } catch (const CLI::CallForHelp&) {
+    return std::unexpected(EarlyExit{0, app.help()});
+  } catch (const CLI::ParseError& error) {
+    return std::unexpected(EarlyExit{2, std::string("cppvmm-boot: ") + error.what() + " (--help lists the options)\n"});
+  }
+
+  options.memory_bytes = parse_size(memory).value_or(0);
+  options.backing = backings.at(backing);
+  options.hypercalls = transports.at(hypercalls);
+  if (options.backing == MemoryBacking::hugetlb && options.memory_bytes % (2 * mebi) != 0)
+    return std::unexpected(EarlyExit{2, "cppvmm-boot: --memory: must be a multiple of 2 MiB for --backing hugetlb\n"});
+  return options;
+}
+
+} // namespace cppvmm::boot

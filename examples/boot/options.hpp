@@ -1,0 +1,40 @@
+// cppvmm-boot's command line.
+#pragma once
+
+#include <cstdint>
+#include <expected>
+#include <optional>
+#include <string>
+#include <string_view>
+
+namespace cppvmm::boot {
+
+enum class MemoryBacking : std::uint8_t { anonymous, memfd, hugetlb };
+enum class Hypercalls : std::uint8_t { automatic, kernel, user, off };
+
+struct Options {
+  std::uint64_t memory_bytes = std::uint64_t{128} << 20;
+  std::uint32_t cpus = 1;
+  MemoryBacking backing = MemoryBacking::anonymous;
+  Hypercalls hypercalls = Hypercalls::automatic;
+  bool audit = false;
+  std::string json; ///< Where the JSON goes; empty: nowhere, "-": standard output.
+  std::string kvm_device = "/dev/kvm";
+};
+
+/// The words that the command line and the JSON use.
+[[nodiscard]] const char* to_string(MemoryBacking backing);
+[[nodiscard]] const char* to_string(Hypercalls hypercalls);
+
+/// What to do instead of running: print `text` and exit with `status`.
+struct EarlyExit {
+  int status = 0; ///< 0 after --help, 2 after a mistake, for which `text` is one line.
+  std::string text;
+};
+
+[[nodiscard]] std::expected<Options, EarlyExit> parse_options(int argc, const char* const* argv);
+
+/// "64M", "1GiB", "4096": bytes, with a binary suffix K, M, G or T ("B" or "iB" may follow); nothing if it is no size.
+[[nodiscard]] std::optional<std::uint64_t> parse_size(std::string_view text);
+
+} // namespace cppvmm::boot

@@ -1,0 +1,89 @@
+#include "examples/boot/options.hpp"
+
+#include <algorithm>
+#include <cstdint>
+#include <gtest/gtest.h>
+#include <string>
+#include <vector>
+
+namespace {
+
+using namespace cppvmm::boot;
+
+std::expected<Options, EarlyExit> parse(std::vector<const char*> arguments) {
+  arguments.insert(arguments.begin(), "cppvmm-boot");
+  return parse_options(static_cast<int>(arguments.size()), arguments.data());
+}
+
+TEST(BootOptions, HaveTheDocumentedDefaults) {
+  const auto options = parse({});
+  ASSERT_TRUE(options);
+  EXPECT_EQ(options->memory_bytes, 128U << 20);
+  EXPECT_EQ(options->cpus, 1U);
+  EXPECT_EQ(options->backing, MemoryBacking::anonymous);
+  EXPECT_EQ(options->hypercalls, Hypercalls::automatic);
+  EXPECT_FALSE(options->audit);
+  EXPECT_EQ(options->json, "");
+  EXPECT_EQ(options->kvm_device, "/dev/kvm");
+}
+
+TEST(BootOptions, AreTaken) {
+  const auto options = parse({"--memory", "1G", "--cpus", "4", "--backing", "memfd", "--hypercalls", "kernel",
+                              "--guest", "zeroing", "--audit", "--json", "out.json"});
+  ASSERT_TRUE(options);
+  EXPECT_EQ(options->memory_bytes, 1U << 30);
+  EXPECT_EQ(options->cpus, 4U);
+  EXPECT_EQ(options->backing, MemoryBacking::memfd);
+  EXPECT_EQ(options->hypercalls, Hypercalls::kernel);
+  EXPECT_TRUE(options->audit);
+  EXPECT_EQ(options->json, "out.json");
+}
+
+TEST(BootOptions, SizesHaveBinarySuffixes) {
+  EXPECT_EQ(parse_size("4096"), 4096U);
+  EXPECT_EQ(parse_size("64M"), 64U << 20);
+  EXPECT_EQ(parse_size("64m"), 64U << 20);
+  EXPECT_EQ(parse_size("2GiB"), std::uint64_t{2} << 30);
+  EXPECT_EQ(parse_size("1TB"), std::uint64_t{1} << 40);
+  for (const char* bad : {"", "M", "-1", "1X", "1MM", "1 M", "1.5G", "18446744073709551616", "99999999999T", "1Mi"})
+    EXPECT_FALSE(parse_size(bad)) << bad;
+}
+
+TEST(BootOptions, AMistakeIsOneLineAndStatus2) {
+  const std::vector<std::vector<const char*>> mistakes = {
+      {"--memory", "lots"},
+      {"--memory", "1M"},
+      {"--memory", "5000000"},
+      {"--memory", "100T"},
+      {"--cpus", "0"},
+      {"--cpus", "257"},
+      {"--cpus", "two"},
+      {"--backing", "paper"},
+      {"--hypercalls", "maybe"},
+      {"--guest", "windows"},
+      {"--unknown"},
+      {"stray"},
+      {"--memory"},
+      {"--json"},
+      {"--backing", "hugetlb", "--memory", "5M"},
+  };
+  for (const auto& mistake : mistakes) {
+    const auto options = parse(mistake);
+    ASSERT_FALSE(options) << mistake.front();
+    const std::string& text = options.error().text;
+    EXPECT_EQ(options.error().status, 2) << text;
+    EXPECT_EQ(std::ranges::count(text, '\n'), 1) << text;
+    EXPECT_TRUE(text.ends_with('\n')) << text;
+    EXPECT_TRUE(text.starts_with("cppvmm-boot: ")) << text;
+  }
+}
+
+TEST(BootOptions, HelpIsNoMistake) {
+  const auto help = parse({"--help"});
+  ASSERT_FALSE(help);
+  EXPECT_EQ(help.error().status, 0);
+  for (const char* option : {"--memory", "--cpus", "--backing", "--hypercalls", "--guest", "--audit", "--json"})
+    EXPECT_NE(help.error().text.find(option), std::string::npos) << option;
+}
+
+} // namespace
