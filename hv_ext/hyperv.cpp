@@ -26,7 +26,7 @@ struct Hyperv::State {
   bool enforces_cpuid;       // transport `kernel`
 
   [[nodiscard]] HvResult<bool> answer(Vcpu& vcpu, const Hypercall& call);
-  [[nodiscard]] HvResult<bool> answer(Vcpu& vcpu, const ReadMsr& access) const;
+  [[nodiscard]] HvResult<bool> answer(Vcpu& vcpu, const ReadMsr& access);
   [[nodiscard]] HvResult<bool> answer(Vcpu& vcpu, const WriteMsr& access);
   template <class Other>
   [[nodiscard]] HvResult<bool> answer(Vcpu&, const Other&) {
@@ -110,7 +110,7 @@ static bool is_hyperv_msr(std::uint32_t index) {
   return index >= hyperv_msr_first && index - hyperv_msr_first < hyperv_msr_count;
 }
 
-HvResult<bool> Hyperv::State::answer(Vcpu& vcpu, const ReadMsr& access) const {
+HvResult<bool> Hyperv::State::answer(Vcpu& vcpu, const ReadMsr& access) {
   if (transport != HypercallTransport::user || !is_hyperv_msr(access.index)) return false;
   const auto value = interface.read_msr(vcpu.id(), access.index);
   return handled(value ? vcpu.complete_read_msr(*value) : vcpu.refuse_msr(), "answer RDMSR");
