@@ -48,7 +48,28 @@ void PageSet::remove(PageRange range) {
   if (!range.empty()) intervals_->set.subtract(interval(range));
 }
 
-void PageSet::remove(const PageSet& other) { intervals_->set -= other.intervals_->set; }
+void PageSet::remove(const PageSet& other) {
+  // One by one, each a search, is for a few ranges; for many, one pass over both that writes the difference anew.
+  if (other.range_count() < range_count() / 16) {
+    intervals_->set -= other.intervals_->set;
+    return;
+  }
+  PageSet difference;
+  const auto& holes = other.intervals_->set;
+  auto hole = holes.begin();
+  for (const auto& each : intervals_->set) {
+    std::uint64_t at = each.lower();
+    while (hole != holes.end() && hole->upper() <= at)
+      ++hole;
+    for (auto next = hole; next != holes.end() && next->lower() < each.upper(); ++next) {
+      if (next->lower() > at) difference.add(page_range({at, next->lower()}));
+      at = std::max(at, next->upper());
+      hole = next;
+    }
+    if (at < each.upper()) difference.add(page_range({at, each.upper()}));
+  }
+  *this = std::move(difference);
+}
 
 void PageSet::intersect(const PageSet& other) { intervals_->set &= other.intervals_->set; }
 

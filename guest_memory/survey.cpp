@@ -1,6 +1,9 @@
 module;
+#include <algorithm>
 #include <chrono>
+#include <cstddef>
 #include <cstdint>
+#include <span>
 #include <utility>
 #include <vector>
 module cppvmm.guest_memory:survey.impl;
@@ -75,6 +78,28 @@ static RegionEvidence evidence_of(const Region& region, EvidenceSource source) {
   return {};
 }
 
+/// Adds the union of the lists, which count from the start of `region`; how many pages that is.
+static std::uint64_t add_touched(PageSet& touched, PageRange region, std::span<const ExtentList> lists) {
+  const auto add_to = [&](PageSet& set, const ExtentList& list) {
+    for (const Extent& extent : list.extents())
+      set.add(*PageRange::make(PageNumber(region.first().value() + extent.first), extent.count));
+  };
+  // The lists beyond the first hold what only a second look showed: little, most often nothing.
+  PageSet more;
+  for (const ExtentList& list : lists.subspan(std::min<std::size_t>(lists.size(), 1)))
+    add_to(more, list);
+  if (lists.empty()) return 0;
+  add_to(touched, lists.front());
+  std::uint64_t pages = 0;
+  for (const Extent& extent : lists.front().extents())
+    pages += extent.count;
+  if (more.empty()) return pages;
+  touched.add(more);
+  PageSet all = touched;
+  all.intersect(region);
+  return all.page_count();
+}
+
 Survey survey_map(const MemoryMap& map, const SurveyOptions& options) {
   using Clock = std::chrono::steady_clock;
   Survey survey;
@@ -85,24 +110,19 @@ Survey survey_map(const MemoryMap& map, const SurveyOptions& options) {
     if (region.kind() == RegionKind::ram) {
       const auto region_begin = Clock::now();
       survey.ram.add(region.pages());
-      PageSet touched;
       RegionEvidence evidence = evidence_of(region, options.source);
       if (evidence.kind == Evidence::none) {
-        touched.add(region.pages());
+        survey.touched.add(region.pages());
+        report.touched_pages = region.pages().count();
       } else {
-        const std::uint64_t first = region.pages().first().value();
-        for (const ExtentList& list : evidence.touched) {
-          for (const Extent& extent : list.extents())
-            touched.add(*PageRange::make(PageNumber(first + extent.first), extent.count));
+        report.touched_pages = add_touched(survey.touched, region.pages(), evidence.touched);
+        for (const ExtentList& list : evidence.touched)
           report.given_up_pages += list.given_up_pages();
-        }
       }
       report.evidence = evidence.kind;
-      report.touched_pages = touched.page_count();
       report.unaccounted_pages = evidence.unaccounted_pages;
       report.error = evidence.error;
       report.cost = Clock::now() - region_begin;
-      survey.touched.add(touched);
     }
     survey.regions.push_back(std::move(report));
   }
