@@ -60,6 +60,27 @@ struct Tables {
 
 } // namespace
 
+std::vector<std::uint64_t> spread_pages(const Layout& layout, std::uint32_t count) {
+  std::uint64_t ram_pages = 0;
+  for (const auto& ram : layout.ram)
+    ram_pages += ram.count;
+  const zeroing::Pages taken = layout.lives_in();
+  std::vector<std::uint64_t> pages;
+  for (std::uint64_t i = 0; i < std::min<std::uint64_t>(count, ram_pages); ++i) {
+    // In the middle of the i-th of `count` equal parts. Neither product overflows: both factors are below 2^35.
+    std::uint64_t index = count < ram_pages ? (2 * i + 1) * ram_pages / (2 * std::uint64_t{count}) : i;
+    for (const auto& ram : layout.ram) {
+      if (index < ram.count) {
+        const std::uint64_t page = ram.first + index;
+        if (page < taken.first || page - taken.first >= taken.count) pages.push_back(page);
+        break;
+      }
+      index -= ram.count;
+    }
+  }
+  return pages;
+}
+
 std::span<const std::byte> zeroing_guest_image() { return {cppvmm_zeroing_image, cppvmm_zeroing_image_end}; }
 
 std::expected<Layout, std::string> make_layout(std::uint64_t memory_bytes, std::uint32_t cpus,
@@ -91,7 +112,7 @@ std::expected<Layout, std::string> make_layout(std::uint64_t memory_bytes, std::
   info.report = layout.report;
   std::ranges::copy(layout.ram, info.ram);
   info.ram_ranges = static_cast<std::uint32_t>(layout.ram.size());
-  info.lives_in[0] = {image_address / page_bytes, layout.block.size() / page_bytes};
+  info.lives_in[0] = layout.lives_in();
   info.lives_in_ranges = 1;
   put(layout.block, layout.boot_info, info);
   tables.write(layout);

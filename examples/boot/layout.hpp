@@ -27,6 +27,10 @@ struct Layout {
   /// page tables that map RAM to itself in 2 MiB pages.
   std::vector<std::byte> block;
 
+  /// The pages of `block`.
+  [[nodiscard]] zeroing::Pages lives_in() const {
+    return {zeroing::image_address / zeroing::page_bytes, block.size() / zeroing::page_bytes};
+  }
   [[nodiscard]] std::uint64_t stack_top(std::uint32_t cpu) const { return stacks + (cpu + 1) * zeroing::stack_bytes; }
 };
 
@@ -34,6 +38,10 @@ struct Layout {
 /// person when what the guest lives in does not fit.
 [[nodiscard]] std::expected<Layout, std::string> make_layout(std::uint64_t memory_bytes, std::uint32_t cpus,
                                                              std::span<const std::byte> image);
+
+/// Page numbers of `count` pages spread evenly over RAM; those that would fall into what the guest lives in are left
+/// out.
+[[nodiscard]] std::vector<std::uint64_t> spread_pages(const Layout& layout, std::uint32_t count);
 
 /// The zeroing guest's image, which is part of this program.
 [[nodiscard]] std::span<const std::byte> zeroing_guest_image();

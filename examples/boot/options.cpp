@@ -104,6 +104,10 @@ std::expected<Options, EarlyExit> parse_options(int argc, const char* const* arg
       ->check(CLI::IsMember({"zeroing"}));
   app.add_flag("--audit", options.audit,
                "Re-read all RAM by another way right after the answer, and count pages that it got wrong");
+  app.add_option("--leftovers", options.leftovers,
+                 "Put data into this many pages, spread over RAM, before the guest starts, as firmware leaves them")
+      ->capture_default_str()
+      ->type_name("PAGES");
   app.add_option("--json", options.json, "Write the figures as JSON to this file (- for standard output)")
       ->type_name("FILE");
   app.add_option("--kvm-device", options.kvm_device, "KVM's device")->capture_default_str()->type_name("FILE");

@@ -18,7 +18,8 @@ struct Options {
   MemoryBacking backing = MemoryBacking::anonymous;
   Hypercalls hypercalls = Hypercalls::automatic;
   bool audit = false;
-  std::string json; ///< Where the JSON goes; empty: nowhere, "-": standard output.
+  std::uint32_t leftovers = 0; ///< Pages with data in them before the guest starts.
+  std::string json;            ///< Where the JSON goes; empty: nowhere, "-": standard output.
   std::string kvm_device = "/dev/kvm";
 };
 

@@ -1,7 +1,9 @@
 #include "examples/boot/layout.hpp"
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <functional>
 #include <gtest/gtest.h>
 #include <optional>
 
@@ -87,6 +89,26 @@ TEST_P(LayoutOf, PutsEverythingTheGuestLivesInWhereItSaysSo) {
 INSTANTIATE_TEST_SUITE_P(Memory, LayoutOf,
                          testing::Values(4 * mebi, 4 * mebi + 4096, 64 * mebi, gibi, 3 * gibi, 3 * gibi + 4096,
                                          5 * gibi, 600 * gibi));
+
+TEST(Layout, SpreadsPagesOverRamAroundWhatTheGuestLivesIn) {
+  const auto layout = make_layout(5 * gibi, 1, zeroing_guest_image());
+  ASSERT_TRUE(layout) << layout.error();
+  const auto pages = spread_pages(*layout, 1000);
+  EXPECT_GE(pages.size(), 999U);
+  EXPECT_TRUE(std::ranges::is_sorted(pages, std::less_equal<>())) << "none twice";
+  EXPECT_LT(pages.front() * 4096, 5 * gibi / 1000);
+  EXPECT_GT(pages.back() * 4096, layout->end - 5 * gibi / 1000);
+  for (const auto page : pages)
+    EXPECT_FALSE(page * 4096 >= low_ram_end && page * 4096 < high_ram_start) << page;
+
+  const auto small = make_layout(4 * mebi, 1, zeroing_guest_image());
+  const auto all = spread_pages(*small, 1'000'000);
+  EXPECT_EQ(all.size(), 1024 - small->lives_in().count);
+  EXPECT_TRUE(std::ranges::none_of(all, [&](auto page) {
+    return page >= small->lives_in().first && page < small->lives_in().first + small->lives_in().count;
+  }));
+  EXPECT_TRUE(spread_pages(*small, 0).empty());
+}
 
 TEST(Layout, RefusesMemoryThatTheGuestDoesNotFitIn) {
   const auto layout = make_layout(mebi + 65536, 200, zeroing_guest_image());

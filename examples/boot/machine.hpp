@@ -1,0 +1,21 @@
+// The machine that the zeroing guest runs on: memory, a VM, its vCPUs and what answers their exits.
+#pragma once
+
+#include "options.hpp"
+#include "report.hpp"
+
+#include <expected>
+#include <string>
+
+namespace cppvmm::boot {
+
+struct Failure {
+  int status = 1;   ///< For exit(3): 128 + signal when a signal ended the run.
+  std::string text; ///< One line for a person.
+};
+
+/// Builds the machine, runs the guest to its end and collects the figures. Shows progress on standard error when that
+/// is a terminal or the run is long; SIGINT and SIGTERM end the run.
+[[nodiscard]] std::expected<RunFigures, Failure> run_zeroing_guest(const Options& options);
+
+} // namespace cppvmm::boot

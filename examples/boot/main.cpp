@@ -1,0 +1,58 @@
+// cppvmm-boot: the reference VMM. Boots a guest that wants its memory zeroed and tells it which memory is zero already.
+#include "machine.hpp"
+#include "options.hpp"
+#include "report.hpp"
+
+#include <cstdio>
+#include <exception>
+#include <fstream>
+#include <ios>
+#include <string>
+
+namespace {
+
+using namespace cppvmm::boot;
+
+int complain(const std::string& text, int status = 1) {
+  std::fprintf(stderr, "cppvmm-boot: %s\n", text.c_str());
+  return status;
+}
+
+int run(const Options& options) {
+  const auto figures = run_zeroing_guest(options);
+  if (!figures) return complain(figures.error().text, figures.error().status);
+
+  if (options.json != "-") std::fputs(to_text(*figures).c_str(), stdout);
+  if (options.json == "-") {
+    std::fputs(to_json(*figures).c_str(), stdout);
+  } else if (!options.json.empty()) {
+    std::ofstream file(options.json, std::ios::binary | std::ios::trunc);
+    file << to_json(*figures) << std::flush;
+    if (!file) return complain("cannot write " + options.json);
+  }
+  if (std::fflush(stdout) != 0) return complain("cannot write to standard output");
+
+  if (figures->answer && figures->answer->audit && figures->answer->audit->unsound_pages != 0)
+    return complain("the audit found " + std::to_string(figures->answer->audit->unsound_pages) +
+                    " reported pages that hold data, the first is page " +
+                    std::to_string(*figures->answer->audit->first_unsound_page));
+  if (figures->nonzero_pages_at_end.value_or(0) != 0)
+    return complain("the audit found " + std::to_string(*figures->nonzero_pages_at_end) +
+                    " pages that hold data after the guest took them for zero");
+  return 0;
+}
+
+} // namespace
+
+int main(int argc, char** argv) {
+  try {
+    const auto options = parse_options(argc, argv);
+    if (!options) {
+      std::fputs(options.error().text.c_str(), options.error().status == 0 ? stdout : stderr);
+      return options.error().status;
+    }
+    return run(*options);
+  } catch (const std::exception& error) {
+    return complain(error.what());
+  }
+}

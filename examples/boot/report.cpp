@@ -1,0 +1,159 @@
+#include "report.hpp"
+
+#include <algorithm>
+#include <array>
+#include <cstddef>
+#include <cstdio>
+#include <nlohmann/json.hpp>
+#include <utility>
+
+namespace cppvmm::boot {
+namespace {
+
+using Json = nlohmann::ordered_json;
+
+constexpr std::array<std::pair<zeroing::Seen, const char*>, 8> seen_words = {{
+    {zeroing::seen_hypervisor, "hypervisor"},
+    {zeroing::seen_interface, "interface"},
+    {zeroing::seen_hypercall_msrs, "hypercall_msrs"},
+    {zeroing::seen_vp_index, "vp_index"},
+    {zeroing::seen_extended_calls, "extended_calls"},
+    {zeroing::seen_hypercall_page, "hypercall_page"},
+    {zeroing::asked_capabilities, "asked_capabilities"},
+    {zeroing::asked_zeroed_memory, "asked_zeroed_memory"},
+}};
+
+/// The guest's own account: what it says, not what is known of it.
+Json guest_json(const RunFigures& figures) {
+  const zeroing::Report& guest = figures.guest;
+  const auto if_seen = [&](zeroing::Seen bit, std::uint64_t value) {
+    return (guest.seen & bit) != 0 ? Json(value) : Json();
+  };
+  Json seen = Json::array();
+  for (const auto& [bit, word] : seen_words)
+    if ((guest.seen & bit) != 0) seen.push_back(word);
+  Json by_cpu = Json::array();
+  for (std::uint32_t cpu = 0; cpu < figures.options.cpus; ++cpu)
+    by_cpu.push_back(guest.cpu_zeroed_pages[cpu]);
+  return {
+      {"seen", std::move(seen)},
+      {"capabilities_result", if_seen(zeroing::asked_capabilities, guest.capabilities_result)},
+      {"capabilities", if_seen(zeroing::asked_capabilities, guest.capabilities)},
+      {"zeroed_memory_result", if_seen(zeroing::asked_zeroed_memory, guest.zeroed_result)},
+      {"reported_ranges", if_seen(zeroing::asked_zeroed_memory, guest.reported_ranges)},
+      {"lives_in_overlaps", guest.lives_in_overlaps},
+      {"planned_ranges", guest.planned_ranges},
+      {"planned_pages", guest.planned_pages},
+      {"cpu_zeroed_pages", std::move(by_cpu)},
+  };
+}
+
+Json regions_json(const AnswerFigures& answer) {
+  Json regions = Json::array();
+  for (const auto& region : answer.regions)
+    regions.push_back({{"first_page", region.first_page},
+                       {"page_count", region.page_count},
+                       {"kind", region.kind},
+                       {"evidence", region.evidence},
+                       {"touched_pages", region.touched_pages},
+                       {"unaccounted_pages", region.unaccounted_pages},
+                       {"survey_us", region.survey_us},
+                       {"error", region.error ? Json(*region.error) : Json()}});
+  return regions;
+}
+
+std::string mebibytes(std::uint64_t bytes) {
+  char text[32];
+  std::snprintf(text, sizeof text, "%.1f MiB", static_cast<double>(bytes) / (1 << 20));
+  return text;
+}
+
+std::string share(std::uint64_t part, std::uint64_t whole) {
+  char text[64];
+  std::snprintf(text, sizeof text, "%llu of %llu pages (%.2f %%)", static_cast<unsigned long long>(part),
+                static_cast<unsigned long long>(whole),
+                whole == 0 ? 0.0 : 100.0 * static_cast<double>(part) / static_cast<double>(whole));
+  return text;
+}
+
+} // namespace
+
+std::string to_json(const RunFigures& figures) {
+  const auto& answer = figures.answer;
+  const auto* audit = answer && answer->audit ? &*answer->audit : nullptr;
+
+  const Json calls = {{"0x8001", figures.calls.query_capabilities},
+                      {"0x8002", figures.calls.get_boot_zeroed_memory},
+                      {"other", figures.calls.other}};
+  Json ranges = Json::array();
+  if (answer)
+    for (const auto& range : answer->ranges)
+      ranges.push_back({range.first, range.count});
+  Json ticks = Json::array();
+  for (const auto& vcpu : figures.vcpu_ticks)
+    ticks.push_back(vcpu ? Json({vcpu->user, vcpu->system}) : Json());
+
+  const Json json = {
+      {"memory_bytes", figures.options.memory_bytes},
+      {"cpus", figures.options.cpus},
+      {"leftovers", figures.options.leftovers},
+      {"backing", to_string(figures.options.backing)},
+      {"hypercalls", to_string(figures.transport)},
+      {"kernel_release", figures.kernel_release},
+      {"calls", calls},
+      {"ranges", std::move(ranges)},
+      {"ram_pages", figures.ram_pages},
+      {"touched_pages", answer ? Json(answer->touched_pages) : Json()},
+      {"reported_pages", answer ? answer->reported_pages : 0},
+      {"unsound_pages", audit != nullptr ? Json(audit->unsound_pages) : Json()},
+      {"missed_zero_pages", audit != nullptr ? Json(audit->missed_zero_pages) : Json()},
+      {"data_pages", audit != nullptr ? Json(audit->data_pages) : Json()},
+      {"transparent_huge_bytes",
+       answer && answer->transparent_huge_bytes ? Json(*answer->transparent_huge_bytes) : Json()},
+      {"audit_ms", audit != nullptr ? Json(answer->audit_ms) : Json()},
+      {"survey_us", answer ? Json(answer->survey_us) : Json()},
+      {"regions", answer ? regions_json(*answer) : Json::array()},
+      {"guest_zeroed_pages", figures.guest.zeroed_pages},
+      {"guest", guest_json(figures)},
+      {"nonzero_pages_at_end", figures.nonzero_pages_at_end ? Json(*figures.nonzero_pages_at_end) : Json()},
+      {"host_resident_bytes", figures.host_resident_bytes},
+      {"vcpu_ticks", std::move(ticks)},
+      {"ticks_per_second", figures.ticks_per_second},
+      {"wall_ms", figures.wall_ms},
+  };
+  // A line for each field: 255 ranges with a line for each number would hide the rest.
+  std::string text = "{\n";
+  for (const auto& [name, value] : json.items())
+    text += "  " + Json(name).dump() + ": " + value.dump() + ",\n";
+  text.replace(text.size() - 2, 2, "\n}\n");
+  return text;
+}
+
+std::string to_text(const RunFigures& figures) {
+  std::string text = "memory      " + mebibytes(figures.options.memory_bytes) + ", " +
+                     to_string(figures.options.backing) + ", " + std::to_string(figures.options.cpus) +
+                     (figures.options.cpus == 1 ? " vCPU" : " vCPUs") + "\nhypercalls  " + to_string(figures.transport);
+  if (figures.transport != Hypercalls::off)
+    text += ": capabilities asked " + std::to_string(figures.calls.query_capabilities) + "x, zeroed memory " +
+            std::to_string(figures.calls.get_boot_zeroed_memory) + "x";
+  if (figures.answer) {
+    const auto& answer = *figures.answer;
+    text += "\nreported    " + share(answer.reported_pages, figures.ram_pages) + " in " +
+            std::to_string(answer.ranges.size()) + (answer.ranges.size() == 1 ? " range" : " ranges") + ", survey " +
+            std::to_string(static_cast<std::uint64_t>(answer.survey_us)) + " us";
+    if (answer.audit)
+      text += "\naudit       " + std::to_string(answer.audit->unsound_pages) + " reported pages hold data, " +
+              std::to_string(answer.audit->missed_zero_pages) + " zero pages were not reported";
+    if (answer.transparent_huge_bytes && *answer.transparent_huge_bytes != 0)
+      text += " (" + mebibytes(*answer.transparent_huge_bytes) + " are in huge pages)";
+  }
+  text += "\nguest       zeroed " + share(figures.guest.zeroed_pages, figures.ram_pages) + "\nhost        " +
+          mebibytes(figures.host_resident_bytes) + " resident at the end\nticks      ";
+  for (const auto& vcpu : figures.vcpu_ticks)
+    text += vcpu ? " " + std::to_string(vcpu->user) + "+" + std::to_string(vcpu->system) : " unknown";
+  text += " (user+system, by vCPU, " + std::to_string(figures.ticks_per_second) + " a second), " +
+          std::to_string(static_cast<std::uint64_t>(figures.wall_ms)) + " ms\n";
+  return text;
+}
+
+} // namespace cppvmm::boot
