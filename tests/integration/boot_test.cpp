@@ -1,0 +1,273 @@
+#include "program.hpp"
+
+#include <algorithm>
+#include <csignal>
+#include <cstdint>
+#include <fcntl.h>
+#include <filesystem>
+#include <gtest/gtest.h>
+#include <nlohmann/json.hpp>
+#include <string>
+#include <tuple>
+#include <unistd.h>
+#include <vector>
+
+namespace {
+
+using namespace cppvmm::testing;
+using nlohmann::json;
+
+constexpr std::uint64_t page = 4096;
+
+Ended boot(const std::vector<std::string>& arguments) { return run_program(CPPVMM_BOOT, arguments); }
+
+/// Runs it and gives the JSON; null, and a failed test, when it does not end well.
+json boot_json(std::vector<std::string> arguments) {
+  arguments.insert(arguments.end(), {"--json", "-"});
+  const Ended ended = boot(arguments);
+  EXPECT_EQ(ended.status, 0) << ended.err;
+  EXPECT_EQ(ended.err, "");
+  const json figures = json::parse(ended.out, nullptr, false);
+  EXPECT_FALSE(figures.is_discarded()) << ended.out;
+  return ended.status == 0 && !figures.is_discarded() ? figures : json();
+}
+
+bool is_one_line(const std::string& text) { return std::ranges::count(text, '\n') == 1 && text.ends_with('\n'); }
+
+std::uint64_t sum(const json& numbers) {
+  std::uint64_t total = 0;
+  for (const auto& number : numbers)
+    total += number.get<std::uint64_t>();
+  return total;
+}
+
+class Boot : public testing::Test {
+protected:
+  void SetUp() override {
+    const int kvm = open("/dev/kvm", O_RDWR | O_CLOEXEC);
+    if (kvm < 0) GTEST_SKIP() << "/dev/kvm is not usable here";
+    close(kvm);
+  }
+};
+
+class BootAsking : public Boot, public testing::WithParamInterface<std::tuple<const char*, const char*>> {};
+
+TEST_P(BootAsking, TheAnswerIsTrueAndNearlyComplete) {
+  const auto& [backing, cpus] = GetParam();
+  const json figures = boot_json({"--memory", "16M", "--backing", backing, "--cpus", cpus, "--audit"});
+  ASSERT_FALSE(figures.is_null());
+
+  const std::uint64_t ram = figures["ram_pages"];
+  const std::uint64_t reported = figures["reported_pages"];
+  const std::uint64_t zeroed = figures["guest_zeroed_pages"];
+  // Where the host gives huge pages unasked, these are present as a whole.
+  const std::uint64_t huge = figures["transparent_huge_bytes"].get<std::uint64_t>() / page;
+  EXPECT_EQ(ram, 4096U);
+  EXPECT_TRUE(figures["hypercalls"] == "user" || figures["hypercalls"] == "kernel") << figures["hypercalls"];
+  EXPECT_GE(figures["calls"]["0x8001"], 1);
+  EXPECT_GE(figures["calls"]["0x8002"], 1);
+  EXPECT_EQ(figures["calls"]["other"], 0);
+  EXPECT_EQ(figures["unsound_pages"], 0);
+  EXPECT_EQ(figures["nonzero_pages_at_end"], 0);
+  EXPECT_LE(figures["missed_zero_pages"], 32 + huge);
+  EXPECT_GT(reported + huge, ram * 95 / 100);
+  EXPECT_LT(zeroed, ram * 5 / 100 + huge);
+  EXPECT_LT(figures["host_resident_bytes"], (ram * 5 / 100 + huge) * page);
+
+  // What the guest makes of it: it is not told that what it lives in is zero, and zeroes exactly the rest.
+  const json& guest = figures["guest"];
+  EXPECT_EQ(guest["capabilities_result"], 0);
+  EXPECT_EQ(guest["capabilities"].get<std::uint64_t>() & 1, 1U);
+  EXPECT_EQ(guest["zeroed_memory_result"], 0);
+  EXPECT_EQ(guest["lives_in_overlaps"], 0);
+  EXPECT_EQ(guest["reported_ranges"], figures["ranges"].size());
+  EXPECT_EQ(guest["planned_pages"], zeroed);
+  EXPECT_EQ(sum(guest["cpu_zeroed_pages"]), zeroed);
+  EXPECT_GT(ram, reported + zeroed);
+  EXPECT_LE(ram, reported + zeroed + 32) << "pages that were neither reported, nor zeroed, nor lived in";
+
+  std::uint64_t in_ranges = 0;
+  std::uint64_t last = UINT64_MAX;
+  for (const auto& range : figures["ranges"]) {
+    EXPECT_LE(range[1], last) << "the largest come first";
+    last = range[1];
+    in_ranges += last;
+  }
+  EXPECT_EQ(in_ranges, reported);
+}
+
+INSTANTIATE_TEST_SUITE_P(All, BootAsking,
+                         testing::Combine(testing::Values("anonymous", "memfd"), testing::Values("1", "2")),
+                         [](const auto& info) {
+                           return std::string(std::get<0>(info.param)) + "With" + std::get<1>(info.param) + "Vcpus";
+                         });
+
+/// Data that firmware and loaders left behind: more ranges than the answer has room for.
+class BootAfterOthers : public Boot, public testing::WithParamInterface<const char*> {};
+
+TEST_P(BootAfterOthers, TheGuestZeroesWhatIsNotReported) {
+  const json figures =
+      boot_json({"--memory", "16M", "--cpus", "2", "--leftovers", "400", "--audit", "--backing", GetParam()});
+  ASSERT_FALSE(figures.is_null());
+  const std::uint64_t ram = figures["ram_pages"];
+  const std::uint64_t reported = figures["reported_pages"];
+  const std::uint64_t zeroed = figures["guest_zeroed_pages"];
+  const std::uint64_t huge = figures["transparent_huge_bytes"].get<std::uint64_t>() / page;
+  EXPECT_EQ(figures["unsound_pages"], 0);
+  EXPECT_EQ(figures["nonzero_pages_at_end"], 0) << "the guest goes on with data where it expects zeroes";
+  EXPECT_GE(zeroed, 390);
+  EXPECT_LE(ram, reported + zeroed + 32);
+  EXPECT_EQ(sum(figures["guest"]["cpu_zeroed_pages"]), zeroed);
+  if (huge == 0) {
+    EXPECT_EQ(figures["ranges"].size(), 255U) << "all that an answer can hold";
+    EXPECT_GT(reported, (ram - 400) * 255 / 400 * 95 / 100);
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(All, BootAfterOthers, testing::Values("anonymous", "memfd"),
+                         [](const auto& info) { return std::string(info.param); });
+
+TEST_F(Boot, WithoutHypercallsTheGuestZeroesEverything) {
+  const json figures =
+      boot_json({"--memory", "8M", "--cpus", "2", "--hypercalls", "off", "--audit", "--leftovers", "100"});
+  ASSERT_FALSE(figures.is_null());
+  const std::uint64_t ram = figures["ram_pages"];
+  EXPECT_EQ(figures["hypercalls"], "off");
+  EXPECT_EQ(figures["calls"], json({{"0x8001", 0}, {"0x8002", 0}, {"other", 0}}));
+  EXPECT_EQ(figures["ranges"], json::array());
+  EXPECT_EQ(figures["reported_pages"], 0);
+  EXPECT_TRUE(figures["unsound_pages"].is_null()) << "there was no answer to audit";
+  EXPECT_GT(figures["guest_zeroed_pages"], ram * 95 / 100);
+  EXPECT_EQ(sum(figures["guest"]["cpu_zeroed_pages"]), figures["guest_zeroed_pages"]);
+  EXPECT_GT(figures["host_resident_bytes"], ram * page * 95 / 100);
+  for (const auto& seen : figures["guest"]["seen"])
+    EXPECT_EQ(seen, "hypervisor") << "without Hyper-V, KVM may still show its own presence";
+  EXPECT_EQ(figures["nonzero_pages_at_end"], 0);
+}
+
+TEST_F(Boot, MemoryAboveTheGapIsReportedAndZeroedToo) {
+  const json figures = boot_json({"--memory", "3080M", "--backing", "memfd"});
+  ASSERT_FALSE(figures.is_null());
+  constexpr std::uint64_t four_gib = (std::uint64_t{4} << 30) / page;
+  EXPECT_TRUE(std::ranges::any_of(figures["ranges"], [](const json& range) { return range[0] >= four_gib; }));
+  EXPECT_EQ(figures["regions"].size(), 2U);
+  EXPECT_GT(figures["reported_pages"], figures["ram_pages"].get<std::uint64_t>() * 99 / 100);
+}
+
+TEST_F(Boot, BothTransportsGiveTheGuestTheSame) {
+  const Ended kernel = boot({"--memory", "8M", "--hypercalls", "kernel", "--json", "-"});
+  if (kernel.status == 1 && kernel.err.starts_with("cppvmm-boot: --hypercalls kernel: ")) {
+    EXPECT_TRUE(is_one_line(kernel.err)) << kernel.err;
+    GTEST_SKIP() << "this KVM forwards no extended hypercalls";
+  }
+  ASSERT_EQ(kernel.status, 0) << kernel.err;
+  const json by_kernel = json::parse(kernel.out);
+  const json by_user = boot_json({"--memory", "8M", "--hypercalls", "user"});
+  ASSERT_FALSE(by_user.is_null());
+  EXPECT_EQ(by_kernel["hypercalls"], "kernel");
+  EXPECT_EQ(by_user["hypercalls"], "user");
+  EXPECT_EQ(by_kernel["guest"], by_user["guest"]);
+  EXPECT_EQ(by_kernel["ranges"], by_user["ranges"]);
+  EXPECT_EQ(by_kernel["calls"], by_user["calls"]);
+}
+
+TEST_F(Boot, HugetlbMemoryIsServedWithoutAFalseReport) {
+  const Ended ended = boot({"--memory", "8M", "--backing", "hugetlb", "--audit", "--json", "-"});
+  if (ended.status == 1 && ended.err.find("nr_hugepages") != std::string::npos) {
+    EXPECT_TRUE(is_one_line(ended.err)) << ended.err;
+    GTEST_SKIP() << "this host has no huge pages to give";
+  }
+  ASSERT_EQ(ended.status, 0) << ended.err;
+  EXPECT_EQ(json::parse(ended.out)["unsound_pages"], 0);
+}
+
+TEST_F(Boot, TheJsonFileHoldsEveryDocumentedField) {
+  const auto file = std::filesystem::path(testing::TempDir()) / ("boot-" + std::to_string(getpid()) + ".json");
+  const Ended ended = boot({"--memory", "4M", "--json", file.string()});
+  ASSERT_EQ(ended.status, 0) << ended.err;
+  EXPECT_NE(ended.out.find("reported"), std::string::npos) << "a person gets lines: " << ended.out;
+  std::string text(std::filesystem::file_size(file), '\0');
+  const int fd = open(file.c_str(), O_RDONLY | O_CLOEXEC);
+  ASSERT_EQ(read(fd, text.data(), text.size()), static_cast<ssize_t>(text.size()));
+  close(fd);
+  std::filesystem::remove(file);
+  const json figures = json::parse(text);
+  for (const char* field : {"memory_bytes", "cpus", "backing", "hypercalls", "calls", "ranges", "ram_pages",
+                            "touched_pages", "reported_pages", "unsound_pages", "missed_zero_pages", "survey_us",
+                            "guest_zeroed_pages", "host_resident_bytes", "vcpu_ticks", "wall_ms"})
+    EXPECT_TRUE(figures.contains(field)) << field;
+  EXPECT_EQ(figures["memory_bytes"], 4 << 20);
+  EXPECT_EQ(figures["cpus"], 1);
+  EXPECT_EQ(figures["backing"], "anonymous");
+  EXPECT_TRUE(figures["unsound_pages"].is_null()) << "there was no audit";
+  EXPECT_TRUE(figures["missed_zero_pages"].is_null());
+  EXPECT_EQ(figures["vcpu_ticks"].size(), 1U);
+  EXPECT_EQ(figures["vcpu_ticks"][0].size(), 2U);
+  EXPECT_NE(figures["regions"][0]["evidence"], "none");
+}
+
+TEST_F(Boot, AJsonFileThatCannotBeWrittenIsOneLine) {
+  const Ended ended = boot({"--memory", "4M", "--json", "/nonexistent/boot.json"});
+  EXPECT_EQ(ended.status, 1);
+  EXPECT_EQ(ended.err, "cppvmm-boot: cannot write /nonexistent/boot.json\n");
+}
+
+class BootInterrupted : public Boot, public testing::WithParamInterface<int> {};
+
+TEST_P(BootInterrupted, EndsCleanlyAndWritesNoFigures) {
+  const auto file = std::filesystem::path(testing::TempDir()) / ("interrupted-" + std::to_string(getpid()) + ".json");
+  // Long enough on any machine to be met at work.
+  Program program(CPPVMM_BOOT, {"--memory", "8G", "--cpus", "2", "--hypercalls", "off", "--json", file.string()},
+                  Stderr::terminal);
+  ASSERT_TRUE(program.wait_for_stderr("the guest zeroes its memory")) << program.wait().err;
+  ASSERT_EQ(kill(program.pid(), GetParam()), 0);
+  const Ended ended = program.wait();
+  EXPECT_EQ(ended.status, 128 + GetParam()) << ended.err;
+  EXPECT_NE(ended.err.find("cppvmm-boot: interrupted"), std::string::npos) << ended.err;
+  EXPECT_EQ(ended.out, "");
+  EXPECT_FALSE(std::filesystem::exists(file));
+}
+
+INSTANTIATE_TEST_SUITE_P(Signals, BootInterrupted, testing::Values(SIGINT, SIGTERM),
+                         [](const auto& info) { return info.param == SIGINT ? "Interrupt" : "Terminate"; });
+
+TEST(BootMistakes, AreOneLineAndStatus2) {
+  for (const std::vector<std::string>& mistake : {std::vector<std::string>{"--memory", "lots"},
+                                                  {"--cpus", "0"},
+                                                  {"--hypercalls", "maybe"},
+                                                  {"--no-such-option"}}) {
+    const Ended ended = boot(mistake);
+    EXPECT_EQ(ended.status, 2);
+    EXPECT_TRUE(is_one_line(ended.err)) << ended.err;
+    EXPECT_TRUE(ended.err.starts_with("cppvmm-boot: ")) << ended.err;
+    EXPECT_EQ(ended.out, "");
+  }
+}
+
+TEST(BootWithoutKvm, SaysInOneLineWhatToDo) {
+  const Ended missing = boot({"--kvm-device", "/nonexistent/kvm"});
+  EXPECT_EQ(missing.status, 1);
+  EXPECT_TRUE(is_one_line(missing.err)) << missing.err;
+  EXPECT_NE(missing.err.find("/nonexistent/kvm does not exist"), std::string::npos) << missing.err;
+  EXPECT_NE(missing.err.find("modprobe"), std::string::npos) << missing.err;
+
+  const Ended other = boot({"--kvm-device", "/dev/null"});
+  EXPECT_EQ(other.status, 1);
+  EXPECT_TRUE(is_one_line(other.err)) << other.err;
+  EXPECT_NE(other.err.find("/dev/null is not KVM's device"), std::string::npos) << other.err;
+}
+
+TEST(BootWithoutKvm, SaysInOneLineHowToGetPermission) {
+  if (geteuid() == 0) GTEST_SKIP() << "root may open anything";
+  const auto file = std::filesystem::path(testing::TempDir()) / ("kvm-" + std::to_string(getpid()));
+  const int fd = open(file.c_str(), O_CREAT | O_WRONLY | O_CLOEXEC, 0);
+  ASSERT_GE(fd, 0);
+  close(fd);
+  const Ended ended = boot({"--kvm-device", file.string()});
+  std::filesystem::remove(file);
+  EXPECT_EQ(ended.status, 1);
+  EXPECT_TRUE(is_one_line(ended.err)) << ended.err;
+  EXPECT_NE(ended.err.find("usermod -aG kvm"), std::string::npos) << ended.err;
+}
+
+} // namespace

@@ -1,0 +1,45 @@
+// Runs a program as a user does, and keeps what it prints.
+#pragma once
+
+#include <string>
+#include <sys/types.h>
+#include <vector>
+
+namespace cppvmm::testing {
+
+struct Ended {
+  int status = -1; ///< Exit status; 128 + signal when a signal killed it.
+  std::string out;
+  std::string err;
+};
+
+/// What standard error is to the program.
+enum class Stderr { file, terminal };
+
+/// A started program. Standard input is /dev/null.
+class Program {
+public:
+  Program(std::string path, std::vector<std::string> arguments, Stderr kind = Stderr::file);
+  Program(const Program&) = delete;
+  Program& operator=(const Program&) = delete;
+  /// Kills it if it still runs.
+  ~Program();
+
+  [[nodiscard]] pid_t pid() const { return pid_; }
+  /// With a terminal: reads on until `text` was printed; false when the program ended before.
+  [[nodiscard]] bool wait_for_stderr(const std::string& text);
+  [[nodiscard]] Ended wait();
+
+private:
+  bool read_terminal();
+
+  pid_t pid_ = -1;
+  int out_ = -1;
+  int err_ = -1;
+  bool terminal_;
+  std::string terminal_text_;
+};
+
+[[nodiscard]] Ended run_program(const std::string& path, const std::vector<std::string>& arguments);
+
+} // namespace cppvmm::testing
