@@ -4,9 +4,11 @@ module;
 #include <cerrno>
 #include <cstddef>
 #include <cstdint>
+#include <linux/magic.h>
 #include <optional>
 #include <sys/stat.h>
 #include <sys/syscall.h>
+#include <sys/vfs.h>
 #include <unistd.h>
 #include <utility>
 #include <vector>
@@ -101,6 +103,12 @@ public:
     }
     zero = true;
     return std::nullopt;
+  }
+
+  /// Whether it is tmpfs, whose blocks are pages of memory. False when that cannot be told.
+  [[nodiscard]] bool is_in_memory() const {
+    struct statfs system{};
+    return fstatfs(fd_, &system) == 0 && system.f_type == TMPFS_MAGIC;
   }
 
 private:
@@ -201,7 +209,7 @@ static std::optional<SystemError> confirm_by_cachestat(const FilePages& file, Ex
 /// guest and VMM writes, whatever happens to them meanwhile.
 static std::optional<SystemError> confirm_by_blocks(int fd, const FilePages& file, Extent range, const void* host,
                                                     FileEvidence& found) {
-  auto tables = page_table_evidence(host, range.count * page_size, EvidenceSource::automatic);
+  auto tables = page_table_evidence(host, range.count * page_size, PageEntries::all, EvidenceSource::automatic);
   if (tables.error) return SystemError{tables.error->operation, tables.error->os_error};
   for (const ExtentList& list : tables.touched) {
     ExtentList& data = found.data.emplace_back();
@@ -230,29 +238,30 @@ static std::optional<SystemError> confirm_by_blocks(int fd, const FilePages& fil
   return std::nullopt;
 }
 
-RegionEvidence page_cache_evidence(int fd, std::uint64_t offset, const void* host, std::uint64_t bytes,
-                                   EvidenceSource source) {
-  const FilePages file(fd);
-  const Extent range{offset / page_size, bytes / page_size};
+RegionEvidence page_cache_evidence(const FileMapping& mapping, FileChanges changes, EvidenceSource source) {
+  const FilePages file(mapping.fd);
+  const Extent range{mapping.offset / page_size, mapping.bytes / page_size};
   RegionEvidence result;
   FileEvidence found;
   std::optional<SystemError> error;
   std::uint64_t occupied = 0;
-  const bool has_cachestat = source == EvidenceSource::automatic && !file.occupied({range.first, 1}, occupied);
-  if (has_cachestat) {
+  if (source == EvidenceSource::automatic && !file.occupied({range.first, 1}, occupied)) {
     result.kind = Evidence::page_cache;
     error = confirm_by_cachestat(file, range, found);
-  } else {
-    result.kind = Evidence::page_cache_blocks;
-    error = confirm_by_blocks(fd, file, range, host, found);
+    result.unaccounted_pages = found.unaccounted;
+  } else if (file.is_in_memory()) {
+    error = confirm_by_blocks(mapping.fd, file, range, mapping.host, found);
+    result.unaccounted_pages = found.unaccounted;
+    if (found.unaccounted == 0) result.kind = Evidence::page_cache_blocks;
+  } else if (changes == FileChanges::never) {
+    result.kind = Evidence::file_holes;
+    error = file.add_data(range, found.data.emplace_back());
   }
-  result.unaccounted_pages = found.unaccounted;
-  if (!has_cachestat && found.unaccounted != 0) result.kind = Evidence::none;
   if (error) {
     result.kind = Evidence::none;
     result.error = MemoryError{.code = MemoryErrc::os,
-                               .address = reinterpret_cast<std::uintptr_t>(host),
-                               .length = bytes,
+                               .address = reinterpret_cast<std::uintptr_t>(mapping.host),
+                               .length = mapping.bytes,
                                .os_error = error->os_error,
                                .operation = error->operation};
     return result;

@@ -41,6 +41,7 @@ struct PageScan {
 static_assert(sizeof(PageScan) == 96 && sizeof(PageRegion) == 24);
 
 constexpr unsigned long pagemap_scan_request = _IOWR('f', 16, PageScan);
+constexpr std::uint64_t page_is_file = 1 << 2;
 constexpr std::uint64_t page_is_present = 1 << 3;
 constexpr std::uint64_t page_is_swapped = 1 << 4;
 constexpr std::uint64_t page_is_pfnzero = 1 << 5;
@@ -48,6 +49,7 @@ constexpr std::uint64_t page_is_pfnzero = 1 << 5;
 // /proc/pid/pagemap entries (Documentation/admin-guide/mm/pagemap.rst).
 constexpr std::uint64_t pagemap_present = std::uint64_t{1} << 63;
 constexpr std::uint64_t pagemap_swapped = std::uint64_t{1} << 62;
+constexpr std::uint64_t pagemap_file = std::uint64_t{1} << 61;
 
 static RegionEvidence no_evidence(const char* operation, std::uint64_t host, std::uint64_t bytes, int os_error) {
   RegionEvidence result;
@@ -56,7 +58,7 @@ static RegionEvidence no_evidence(const char* operation, std::uint64_t host, std
   return result;
 }
 
-static RegionEvidence scan(int pagemap, std::uint64_t host, std::uint64_t bytes) {
+static RegionEvidence scan(int pagemap, std::uint64_t host, std::uint64_t bytes, PageEntries entries) {
   RegionEvidence result;
   result.kind = Evidence::page_tables_scan;
   ExtentList& touched = result.touched.emplace_back();
@@ -70,8 +72,9 @@ static RegionEvidence scan(int pagemap, std::uint64_t host, std::uint64_t bytes)
     scan.vec = reinterpret_cast<std::uintptr_t>(found.data());
     scan.vec_len = found.size();
     // An entry of any kind, but for the shared zero page: what is swapped out or being migrated shows as swapped.
-    scan.category_inverted = page_is_pfnzero;
-    scan.category_mask = page_is_pfnzero;
+    const std::uint64_t without = page_is_pfnzero | (entries == PageEntries::private_copies ? page_is_file : 0);
+    scan.category_inverted = without;
+    scan.category_mask = without;
     scan.category_anyof_mask = page_is_present | page_is_swapped;
     scan.return_mask = page_is_present | page_is_swapped;
     const int count = ioctl(pagemap, pagemap_scan_request, &scan);
@@ -90,7 +93,7 @@ static RegionEvidence scan(int pagemap, std::uint64_t host, std::uint64_t bytes)
   return result;
 }
 
-static RegionEvidence read_entries(int pagemap, std::uint64_t host, std::uint64_t bytes) {
+static RegionEvidence read_entries(int pagemap, std::uint64_t host, std::uint64_t bytes, PageEntries counted) {
   RegionEvidence result;
   result.kind = Evidence::page_tables_read;
   ExtentList& touched = result.touched.emplace_back();
@@ -104,23 +107,25 @@ static RegionEvidence read_entries(int pagemap, std::uint64_t host, std::uint64_
       return no_evidence("read /proc/self/pagemap", host, bytes, got < 0 ? errno : 0);
     const auto complete = static_cast<std::uint64_t>(got) / sizeof(std::uint64_t);
     for (std::uint64_t i = 0; i < complete; ++i)
-      if ((entries[i] & (pagemap_present | pagemap_swapped)) != 0) touched.add({page + i, 1});
+      if ((entries[i] & (pagemap_present | pagemap_swapped)) != 0 &&
+          (counted == PageEntries::all || (entries[i] & pagemap_file) == 0))
+        touched.add({page + i, 1});
     page += complete;
   }
   return result;
 }
 
-RegionEvidence page_table_evidence(const void* host, std::uint64_t bytes, EvidenceSource source) {
+RegionEvidence page_table_evidence(const void* host, std::uint64_t bytes, PageEntries entries, EvidenceSource source) {
   const auto start = reinterpret_cast<std::uintptr_t>(host);
   // Opened for each survey: the descriptor stays tied to the address space that opened it, and this process may be a
   // fork of the one that opened an earlier one.
   const int pagemap = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
   if (pagemap < 0) return no_evidence("open /proc/self/pagemap", start, bytes, errno);
   RegionEvidence result;
-  if (source == EvidenceSource::automatic) result = scan(pagemap, start, bytes);
+  if (source == EvidenceSource::automatic) result = scan(pagemap, start, bytes, entries);
   // ENOTTY: a kernel without the ioctl.
   const bool no_scan = source == EvidenceSource::legacy || (result.error && result.error->os_error == ENOTTY);
-  if (no_scan) result = read_entries(pagemap, start, bytes);
+  if (no_scan) result = read_entries(pagemap, start, bytes, entries);
   close(pagemap);
   return result;
 }

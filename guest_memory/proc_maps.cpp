@@ -6,6 +6,7 @@ module;
 #include <expected>
 #include <functional>
 #include <memory>
+#include <string>
 #include <string_view>
 module cppvmm.guest_memory:proc_maps.impl;
 import :error;
@@ -45,9 +46,13 @@ static bool parse(const char* line, ProcMapping& mapping) {
   unsigned long long offset = 0;
   unsigned long long inode = 0;
   char access[5] = {};
-  if (std::sscanf(line, "%llx-%llx %4s %llx %x:%x %llu", &start, &end, access, &offset, &mapping.device_major,
-                  &mapping.device_minor, &inode) != 7)
+  int path = 0;
+  if (std::sscanf(line, "%llx-%llx %4s %llx %x:%x %llu %n", &start, &end, access, &offset, &mapping.device_major,
+                  &mapping.device_minor, &inode, &path) != 7)
     return false;
+  mapping.path = line + path;
+  while (!mapping.path.empty() && mapping.path.back() == '\n')
+    mapping.path.pop_back();
   mapping.start = start;
   mapping.end = end;
   mapping.is_private = access[3] == 'p';
@@ -64,6 +69,26 @@ MemoryResult<void> for_each_mapping(std::uint64_t start, std::uint64_t bytes,
     if (mapping.start >= start + bytes) return false;
     return visit(mapping);
   });
+}
+
+MemoryResult<bool> is_filled_on_demand(std::uint64_t start, std::uint64_t bytes) {
+  bool inside = false;
+  bool found = false;
+  auto done = for_each_line("/proc/self/smaps", [&](const char* line) {
+    ProcMapping mapping;
+    if (parse(line, mapping)) {
+      inside = mapping.start < start + bytes && mapping.end > start;
+      return mapping.start < start + bytes;
+    }
+    // VmFlags: um is VM_UFFD_MISSING, ui VM_UFFD_MINOR (Linux fs/proc/task_mmu.c).
+    const std::string_view text(line);
+    if (inside && text.starts_with("VmFlags:") &&
+        (text.find(" um") != std::string_view::npos || text.find(" ui") != std::string_view::npos))
+      found = true;
+    return !found;
+  });
+  if (!done) return std::unexpected(done.error());
+  return found;
 }
 
 MemoryResult<std::uint64_t> sum_smaps(std::uint64_t start, std::uint64_t bytes,

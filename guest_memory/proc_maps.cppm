@@ -1,6 +1,7 @@
 module;
 #include <cstdint>
 #include <functional>
+#include <string>
 #include <string_view>
 module cppvmm.guest_memory:proc_maps;
 import :error;
@@ -16,11 +17,16 @@ struct ProcMapping {
   unsigned device_major = 0;
   unsigned device_minor = 0;
   std::uint64_t inode = 0;
+  std::string path; ///< As printed: with " (deleted)" where the file has no name; empty for anonymous memory.
 };
 
 /// Calls `visit` for each mapping that overlaps [start, start + bytes), ascending, until it returns false.
 [[nodiscard]] MemoryResult<void> for_each_mapping(std::uint64_t start, std::uint64_t bytes,
                                                   const std::function<bool(const ProcMapping&)>& visit);
+
+/// Whether a mapping that overlaps [start, start + bytes) is registered with a userfaultfd for missing pages or minor
+/// faults: someone has yet to fill it.
+[[nodiscard]] MemoryResult<bool> is_filled_on_demand(std::uint64_t start, std::uint64_t bytes);
 
 /// The sum, in bytes, of the /proc/self/smaps fields whose name `wanted` accepts, over the mappings that lie within
 /// [start, start + bytes).

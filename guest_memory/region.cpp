@@ -25,7 +25,7 @@ struct Region::Mapping {
   PageRange pages;
   RegionKind kind = RegionKind::ram;
   Backing backing = Backing::anonymous;
-  AdoptedNature nature = AdoptedNature::unknown;
+  bool is_adopted = false;
   void* host = nullptr;
   // What to unmap: more than the memory itself, for it has guard pages around it. Null for adopted memory.
   void* reserved = nullptr;
@@ -58,7 +58,7 @@ static MemoryResult<PageRange> checked_pages(GuestAddress start, std::uint64_t b
 // Maps `bytes` at an address that is a multiple of `alignment`, with an inaccessible page on either side: guard pages
 // catch overruns, and keep the kernel from joining the mapping with a neighbour, which smaps could not tell apart.
 static int map_guarded(void*& reserved, std::size_t& reserved_bytes, void*& host, std::uint64_t bytes,
-                       std::uint64_t alignment, int flags, int fd) {
+                       std::uint64_t alignment, int flags, int fd, std::uint64_t offset = 0) {
   constexpr std::uint64_t most = std::uint64_t{1} << 56;
   if (bytes > most) return ENOMEM;
   const std::size_t size = bytes + 2 * alignment;
@@ -69,7 +69,7 @@ static int map_guarded(void*& reserved, std::size_t& reserved_bytes, void*& host
   const auto base = reinterpret_cast<std::uintptr_t>(space);
   const std::uintptr_t aligned = (base + alignment) & ~(alignment - 1); // at least one page above base
   void* at = reinterpret_cast<void*>(aligned);
-  void* mapped = mmap(at, bytes, PROT_READ | PROT_WRITE, flags | MAP_FIXED, fd, 0);
+  void* mapped = mmap(at, bytes, PROT_READ | PROT_WRITE, flags | MAP_FIXED, fd, static_cast<off_t>(offset));
   if (mapped == MAP_FAILED) return errno;
   host = mapped;
   return 0;
@@ -113,6 +113,14 @@ MemoryResult<Region> Region::memfd(GuestAddress start, std::uint64_t bytes, Regi
   return Region(std::move(mapping));
 }
 
+static unsigned huge_flag(HugePageSize page) { return page == HugePageSize::one_gib ? MFD_HUGE_1GB : MFD_HUGE_2MB; }
+
+static std::unexpected<MemoryError> refuse_huge(GuestAddress start, std::uint64_t bytes, int error) {
+  if (error == ENOMEM || error == EINVAL || error == ENOENT || error == ENODEV)
+    return refuse(MemoryErrc::unavailable, start, bytes, "mmap of hugetlb pages: the host's pool has too few", error);
+  return refuse(MemoryErrc::os, start, bytes, "mmap of hugetlb pages", error);
+}
+
 MemoryResult<Region> Region::hugetlb(GuestAddress start, std::uint64_t bytes, HugePageSize page, RegionKind kind) {
   const auto unit = static_cast<std::uint64_t>(page);
   const auto pages = checked_pages(start, bytes, unit, "Region::hugetlb");
@@ -121,13 +129,55 @@ MemoryResult<Region> Region::hugetlb(GuestAddress start, std::uint64_t bytes, Hu
   mapping->pages = *pages;
   mapping->kind = kind;
   mapping->backing = Backing::hugetlb;
-  const unsigned size_flag = page == HugePageSize::one_gib ? MFD_HUGE_1GB : MFD_HUGE_2MB;
   // mmap encodes the page size as memfd_create does. Reserved, for a fault without a page left would be a SIGBUS.
-  const int error = map_guarded(mapping->reserved, mapping->reserved_bytes, mapping->host, bytes, unit,
-                                MAP_PRIVATE | MAP_ANONYMOUS | MAP_HUGETLB | static_cast<int>(size_flag), -1);
-  if (error == ENOMEM || error == EINVAL || error == ENOENT)
-    return refuse(MemoryErrc::unavailable, start, bytes, "mmap of hugetlb pages: the host's pool has too few", error);
-  if (error != 0) return refuse(MemoryErrc::os, start, bytes, "mmap of hugetlb pages", error);
+  if (const int error = map_guarded(mapping->reserved, mapping->reserved_bytes, mapping->host, bytes, unit,
+                                    MAP_PRIVATE | MAP_ANONYMOUS | MAP_HUGETLB | static_cast<int>(huge_flag(page)), -1))
+    return refuse_huge(start, bytes, error);
+  return Region(std::move(mapping));
+}
+
+MemoryResult<Region> Region::hugetlb_memfd(GuestAddress start, std::uint64_t bytes, HugePageSize page,
+                                           RegionKind kind) {
+  const auto unit = static_cast<std::uint64_t>(page);
+  const auto pages = checked_pages(start, bytes, unit, "Region::hugetlb_memfd");
+  if (!pages) return std::unexpected(pages.error());
+  auto mapping = std::make_shared<Mapping>();
+  mapping->pages = *pages;
+  mapping->kind = kind;
+  mapping->backing = Backing::hugetlb_memfd;
+  mapping->fd = memfd_create("cppvmm-guest", MFD_CLOEXEC | MFD_ALLOW_SEALING | MFD_HUGETLB | huge_flag(page));
+  if (mapping->fd < 0) return refuse_huge(start, bytes, errno);
+  if (ftruncate(mapping->fd, static_cast<off_t>(bytes)) != 0)
+    return refuse(MemoryErrc::os, start, bytes, "ftruncate of a hugetlb memfd", errno);
+  if (fcntl(mapping->fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) != 0)
+    return refuse(MemoryErrc::os, start, bytes, "F_ADD_SEALS on a hugetlb memfd", errno);
+  if (const int error =
+          map_guarded(mapping->reserved, mapping->reserved_bytes, mapping->host, bytes, unit, MAP_SHARED, mapping->fd))
+    return refuse_huge(start, bytes, error);
+  return Region(std::move(mapping));
+}
+
+MemoryResult<Region> Region::private_file(GuestAddress start, std::uint64_t bytes, int fd, std::uint64_t offset,
+                                          RegionKind kind) {
+  const auto pages = checked_pages(start, bytes, page_size, "Region::private_file");
+  if (!pages) return std::unexpected(pages.error());
+  struct stat file{};
+  if (fstat(fd, &file) != 0) return refuse(MemoryErrc::os, start, bytes, "fstat of a snapshot", errno);
+  const auto size = static_cast<std::uint64_t>(file.st_size);
+  if (offset % page_size != 0 || offset > size || bytes > size - offset)
+    return refuse(MemoryErrc::invalid_argument, start, bytes, "Region::private_file: the file ends before the region");
+  auto mapping = std::make_shared<Mapping>();
+  mapping->pages = *pages;
+  mapping->kind = kind;
+  mapping->backing = Backing::private_file;
+  mapping->fd_offset = offset;
+  mapping->fd = fcntl(fd, F_DUPFD_CLOEXEC, 0);
+  if (mapping->fd < 0) return refuse(MemoryErrc::os, start, bytes, "duplicate the snapshot's descriptor", errno);
+  // What is still only in the page cache could be missing among the file's extents.
+  if (fdatasync(mapping->fd) != 0) return refuse(MemoryErrc::os, start, bytes, "fdatasync of a snapshot", errno);
+  if (const int error = map_guarded(mapping->reserved, mapping->reserved_bytes, mapping->host, bytes, huge_alignment,
+                                    MAP_PRIVATE | MAP_NORESERVE, mapping->fd, offset))
+    return refuse(MemoryErrc::os, start, bytes, "mmap of a snapshot", error);
   return Region(std::move(mapping));
 }
 
@@ -135,16 +185,21 @@ MemoryResult<Region> Region::adopt(GuestAddress start, const AdoptedMemory& memo
   const auto pages = checked_pages(start, memory.bytes, page_size, "Region::adopt");
   if (!pages) return std::unexpected(pages.error());
   const auto host = reinterpret_cast<std::uintptr_t>(memory.host_address);
+  const bool wants_file = memory.backing == Backing::memfd || memory.backing == Backing::hugetlb_memfd ||
+                          memory.backing == Backing::private_file || memory.backing == Backing::shared_file;
   if (host == 0 || host % page_size != 0 || host + memory.bytes < host || memory.fd_offset % page_size != 0 ||
-      (memory.nature == AdoptedNature::shared_memory) != (memory.fd >= 0))
+      wants_file != (memory.fd >= 0))
     return refuse(MemoryErrc::invalid_argument, start, memory.bytes, "Region::adopt");
-  if (auto fits = check_nature(memory.host_address, memory.bytes, memory.nature, memory.fd, memory.fd_offset); !fits)
+  if (auto fits = check_backing(
+          {.fd = memory.fd, .offset = memory.fd_offset, .host = memory.host_address, .bytes = memory.bytes},
+          memory.backing);
+      !fits)
     return std::unexpected(fits.error());
   auto mapping = std::make_shared<Mapping>();
   mapping->pages = *pages;
   mapping->kind = kind;
-  mapping->backing = Backing::adopted;
-  mapping->nature = memory.nature;
+  mapping->backing = memory.backing;
+  mapping->is_adopted = true;
   mapping->host = memory.host_address;
   mapping->fd_offset = memory.fd_offset;
   if (memory.fd >= 0) {
@@ -154,20 +209,44 @@ MemoryResult<Region> Region::adopt(GuestAddress start, const AdoptedMemory& memo
     mapping->fd = open(path, O_RDONLY | O_CLOEXEC);
     if (mapping->fd < 0)
       return refuse(MemoryErrc::os, start, memory.bytes, "open of the adopted file through /proc/self/fd", errno);
+    if (memory.backing == Backing::private_file && fdatasync(mapping->fd) != 0)
+      return refuse(MemoryErrc::os, start, memory.bytes, "fdatasync of a snapshot", errno);
   }
   return Region(std::move(mapping));
+}
+
+const char* to_string(Backing backing) {
+  switch (backing) {
+  case Backing::anonymous:
+    return "anonymous";
+  case Backing::memfd:
+    return "memfd";
+  case Backing::shared_anonymous:
+    return "shared_anonymous";
+  case Backing::hugetlb:
+    return "hugetlb";
+  case Backing::hugetlb_memfd:
+    return "hugetlb_memfd";
+  case Backing::private_file:
+    return "private_file";
+  case Backing::shared_file:
+    return "shared_file";
+  case Backing::unknown:
+    return "unknown";
+  }
+  return "unknown";
 }
 
 PageRange Region::pages() const { return mapping_->pages; }
 RegionKind Region::kind() const { return mapping_->kind; }
 Backing Region::backing() const { return mapping_->backing; }
-AdoptedNature Region::nature() const { return mapping_->nature; }
+bool Region::is_adopted() const { return mapping_->is_adopted; }
 void* Region::host_address() const { return mapping_->host; }
 int Region::file_descriptor() const { return mapping_->fd; }
 std::uint64_t Region::file_offset() const { return mapping_->fd_offset; }
 
 MemoryResult<std::uint64_t> Region::resident_bytes() const {
-  if (backing() == Backing::memfd) {
+  if (!is_adopted() && (backing() == Backing::memfd || backing() == Backing::hugetlb_memfd)) {
     struct stat status{};
     if (fstat(file_descriptor(), &status) != 0)
       return refuse(MemoryErrc::os, start(), bytes(), "fstat of a memfd", errno);

@@ -8,13 +8,20 @@ import :error;
 
 namespace cppvmm {
 
-/// What holds a region's bytes on the host.
+/// What kind of host memory holds a region's bytes: it decides which of the kernel's books prove a page untouched.
 export enum class Backing : std::uint8_t {
-  anonymous, ///< A private anonymous mapping.
-  memfd,     ///< A shared mapping of a memfd of its own: another process can be given the descriptor (vhost-user).
-  hugetlb,   ///< A private anonymous mapping of hugetlb pages.
-  adopted,   ///< The embedder's own mapping.
+  anonymous,        ///< MAP_PRIVATE | MAP_ANONYMOUS.
+  memfd,            ///< MAP_SHARED of a memfd or tmpfs file: other processes may have it too (vhost-user).
+  shared_anonymous, ///< MAP_SHARED | MAP_ANONYMOUS.
+  hugetlb,          ///< MAP_PRIVATE | MAP_ANONYMOUS | MAP_HUGETLB.
+  hugetlb_memfd,    ///< MAP_SHARED of a hugetlb memfd or hugetlbfs file.
+  private_file,     ///< MAP_PRIVATE of a file that nobody changes: a snapshot to restore from.
+  shared_file,      ///< MAP_SHARED of a file on any other file system.
+  unknown,          ///< Nothing is known, so that every page counts as touched.
 };
+
+/// The word for it in reports, e.g. "hugetlb_memfd".
+export [[nodiscard]] const char* to_string(Backing backing);
 
 /// What the guest may do with a region.
 export enum class RegionKind : std::uint8_t {
@@ -27,32 +34,29 @@ export enum class HugePageSize : std::uint64_t {
   one_gib = std::uint64_t{1} << 30,
 };
 
-/// What an embedder states about memory that it mapped itself. The statement decides which evidence counts, so that a
-/// wrong one could make a page with data pass for zeroed: it is compared with /proc/self/maps at adoption and again by
-/// every survey, and memory that does not fit it counts as touched.
-export enum class AdoptedNature : std::uint8_t {
-  unknown,           ///< Nothing is promised: every page counts as touched.
-  private_anonymous, ///< MAP_PRIVATE | MAP_ANONYMOUS (not hugetlb), nothing else mapped over it.
-  shared_memory,     ///< MAP_SHARED of a memfd or tmpfs file (not hugetlb), whose descriptor is given.
-};
-
+/// Memory that an embedder mapped itself, with what it states about it. The statement decides which evidence counts, so
+/// that a wrong one could make a page with data pass for zeroed: it is compared with /proc/self/maps at adoption and
+/// again by every survey, and memory that does not fit it counts as touched.
+///
+/// What /proc cannot show is the embedder's promise: that nobody changes the file of a private_file (which was synced
+/// to its disk), and that no process outside this host writes a shared_file.
 export struct AdoptedMemory {
   void* host_address = nullptr; ///< Page-aligned; stays mapped as it is while any copy of the Region lives.
-  std::uint64_t bytes = 0;      ///< A multiple of 4 KiB.
-  AdoptedNature nature = AdoptedNature::unknown;
-  int fd = -1;                 ///< For shared_memory: the file; it is opened anew, the embedder keeps this one.
-  std::uint64_t fd_offset = 0; ///< For shared_memory: where in the file the region starts; a multiple of 4 KiB.
+  std::uint64_t bytes = 0;      ///< A multiple of 4 KiB; of the huge page for hugetlb kinds.
+  Backing backing = Backing::unknown;
+  int fd = -1;                 ///< The file, for kinds that have one; it is opened anew, the embedder keeps this one.
+  std::uint64_t fd_offset = 0; ///< Where in the file the region starts; a multiple of 4 KiB.
 };
 
 /// A range of guest-physical addresses and the host memory behind it. A cheap handle: copies share the memory, which
 /// is unmapped with the last of them. Immutable, and so safe to use from any thread.
 ///
-/// Memory of every region reads zero when it is made (adopted memory as it was). Making one fails with
-/// invalid_argument (no bytes; address or size not a multiple of 4 KiB, for hugetlb size not of the huge page),
-/// out_of_range, unavailable (this host has no such pages to give) or os.
+/// Memory of every region reads zero when it is made (but adopted memory and files, which read as they did). Making one
+/// fails with invalid_argument (no bytes; address or size not a multiple of 4 KiB, for hugetlb size not of the huge
+/// page), out_of_range, unavailable (this host has no such pages to give) or os.
 ///
-/// Memory that a userfaultfd handler fills on demand must not be handed out as anonymous or memfd: its missing pages
-/// look like untouched ones. Adopt it as AdoptedNature::unknown.
+/// Memory that is registered with a userfaultfd for missing pages counts as touched: a handler has yet to fill it.
+/// Private memory of confidential guests (KVM_CREATE_GUEST_MEMFD) has no books to read here: adopt it as unknown.
 export class Region {
 public:
   [[nodiscard]] static MemoryResult<Region> anonymous(GuestAddress start, std::uint64_t bytes,
@@ -63,6 +67,14 @@ public:
   /// Huge pages are reserved from the host's pool here; `unavailable` when it has too few.
   [[nodiscard]] static MemoryResult<Region> hugetlb(GuestAddress start, std::uint64_t bytes, HugePageSize page,
                                                     RegionKind kind = RegionKind::ram);
+  /// The same of a memfd of huge pages, which other processes can be given.
+  [[nodiscard]] static MemoryResult<Region> hugetlb_memfd(GuestAddress start, std::uint64_t bytes, HugePageSize page,
+                                                          RegionKind kind = RegionKind::ram);
+  /// A private mapping of `bytes` of a file from `offset` on (a multiple of 4 KiB): reads what the file holds, writes
+  /// stay here. The file is synced, and then nobody may change it while the region lives. invalid_argument when it ends
+  /// before the region does. The descriptor is duplicated.
+  [[nodiscard]] static MemoryResult<Region> private_file(GuestAddress start, std::uint64_t bytes, int fd,
+                                                         std::uint64_t offset, RegionKind kind = RegionKind::ram);
   /// Hands over the embedder's mapping; wrong_nature when /proc/self/maps shows another kind than stated.
   [[nodiscard]] static MemoryResult<Region> adopt(GuestAddress start, const AdoptedMemory& memory,
                                                   RegionKind kind = RegionKind::ram);
@@ -72,7 +84,8 @@ public:
   [[nodiscard]] std::uint64_t bytes() const { return pages().bytes(); }
   [[nodiscard]] RegionKind kind() const;
   [[nodiscard]] Backing backing() const;
-  [[nodiscard]] AdoptedNature nature() const; ///< Of adopted memory; unknown for the rest.
+  /// Whether the mapping is the embedder's own.
+  [[nodiscard]] bool is_adopted() const;
   /// Where the region starts in this process. For KVM memory slots and the like; guest and other processes may write
   /// behind it at any time, so never make a C++ reference into it: read and write through MemoryMap.
   [[nodiscard]] void* host_address() const;
@@ -81,8 +94,8 @@ public:
   [[nodiscard]] int file_descriptor() const;
   [[nodiscard]] std::uint64_t file_offset() const;
 
-  /// Host memory that the region holds now, in bytes: allocated blocks of the memfd, else the resident set in
-  /// /proc/self/smaps. Walks page tables: for reports, not for hot paths.
+  /// Host memory that the region holds now, in bytes: allocated blocks of a memfd of its own, else the resident set
+  /// in /proc/self/smaps. Walks page tables: for reports, not for hot paths.
   [[nodiscard]] MemoryResult<std::uint64_t> resident_bytes() const;
   /// The part of the resident set that is in transparent huge pages (AnonHugePages and ShmemPmdMapped in smaps).
   [[nodiscard]] MemoryResult<std::uint64_t> huge_page_bytes() const;

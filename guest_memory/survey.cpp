@@ -3,15 +3,19 @@ module;
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
+#include <expected>
+#include <functional>
 #include <span>
 #include <utility>
 #include <vector>
 module cppvmm.guest_memory:survey.impl;
 import :address;
+import :error;
 import :evidence;
 import :extents;
 import :memory_map;
 import :page_set;
+import :proc_maps;
 import :region;
 import :survey;
 import :touched_map;
@@ -26,10 +30,16 @@ const char* to_string(Evidence evidence) {
     return "page_tables_scan";
   case Evidence::page_tables_read:
     return "page_tables_read";
+  case Evidence::page_residency:
+    return "page_residency";
   case Evidence::page_cache:
     return "page_cache";
   case Evidence::page_cache_blocks:
     return "page_cache_blocks";
+  case Evidence::mapped_blocks:
+    return "mapped_blocks";
+  case Evidence::file_holes:
+    return "file_holes";
   }
   return "unknown";
 }
@@ -42,40 +52,57 @@ TouchedMap Survey::touched_map() const {
   return result;
 }
 
-static RegionEvidence evidence_of(const Region& region, EvidenceSource source) {
-  const void* host = region.host_address();
-  const auto of_nature = [&](AdoptedNature nature) {
-    return nature == AdoptedNature::private_anonymous
-               ? page_table_evidence(host, region.bytes(), source)
-               : page_cache_evidence(region.file_descriptor(), region.file_offset(), host, region.bytes(), source);
-  };
-  switch (region.backing()) {
+static RegionEvidence evidence_of_backing(const FileMapping& memory, Backing backing, EvidenceSource source) {
+  switch (backing) {
   case Backing::anonymous:
-    return of_nature(AdoptedNature::private_anonymous);
+    return page_table_evidence(memory.host, memory.bytes, PageEntries::all, source);
   case Backing::memfd:
-    return of_nature(AdoptedNature::shared_memory);
+  case Backing::shared_file:
+    return page_cache_evidence(memory, FileChanges::any_time, source);
+  case Backing::shared_anonymous:
+    return shared_anonymous_evidence(memory.host, memory.bytes, source);
   case Backing::hugetlb:
+    return hugetlb_evidence(memory.host, memory.bytes, source);
+  case Backing::hugetlb_memfd:
+    return hugetlb_file_evidence(memory, source);
+  case Backing::private_file:
+    return private_file_evidence(memory, source);
+  case Backing::unknown:
     break;
-  case Backing::adopted: {
-    if (region.nature() == AdoptedNature::unknown) break;
-    // Before and after: the embedder may have mapped something else there since the region was adopted.
-    const auto fits = [&] {
-      return check_nature(host, region.bytes(), region.nature(), region.file_descriptor(), region.file_offset());
-    };
-    RegionEvidence refused;
-    if (auto before = fits(); !before) {
-      refused.error = before.error();
-      return refused;
-    }
-    RegionEvidence evidence = of_nature(region.nature());
-    if (auto after = fits(); !after) {
-      refused.error = after.error();
-      return refused;
-    }
-    return evidence;
-  }
   }
   return {};
+}
+
+static RegionEvidence evidence_of(const Region& region, EvidenceSource source) {
+  const FileMapping memory{.fd = region.file_descriptor(),
+                           .offset = region.file_offset(),
+                           .host = region.host_address(),
+                           .bytes = region.bytes()};
+  // An embedder may map something else there, or hand a region's missing pages to a userfaultfd, at any time: before
+  // the look at the books and after it, nothing of that may be so.
+  const auto is_as_stated = [&]() -> MemoryResult<void> {
+    const auto start = reinterpret_cast<std::uintptr_t>(memory.host);
+    const auto on_demand = is_filled_on_demand(start, memory.bytes);
+    if (!on_demand) return std::unexpected(on_demand.error());
+    if (*on_demand)
+      return std::unexpected(MemoryError{.code = MemoryErrc::wrong_nature,
+                                         .address = start,
+                                         .length = memory.bytes,
+                                         .operation = "memory that a userfaultfd handler fills"});
+    return region.is_adopted() ? check_backing(memory, region.backing()) : MemoryResult<void>();
+  };
+  RegionEvidence refused;
+  if (region.backing() == Backing::unknown) return refused;
+  if (auto before = is_as_stated(); !before) {
+    refused.error = before.error();
+    return refused;
+  }
+  RegionEvidence evidence = evidence_of_backing(memory, region.backing(), source);
+  if (auto after = is_as_stated(); !after) {
+    refused.error = after.error();
+    return refused;
+  }
+  return evidence;
 }
 
 /// Adds the union of the lists, which count from the start of `region`; how many pages that is.

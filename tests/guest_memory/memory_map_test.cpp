@@ -154,8 +154,8 @@ TEST(Adopt, TakesTheMappingItWasToldOf) {
   void* host = mmap(nullptr, mib, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   ASSERT_NE(host, MAP_FAILED);
   {
-    const auto region = Region::adopt(GuestAddress(0),
-                                      {.host_address = host, .bytes = mib, .nature = AdoptedNature::private_anonymous});
+    const auto region =
+        Region::adopt(GuestAddress(0), {.host_address = host, .bytes = mib, .backing = Backing::anonymous});
     ASSERT_TRUE(region) << region.error().message();
     const MemoryMap map = *MemoryMap::make({*region});
     ASSERT_TRUE(map.write_value(GuestAddress(8), std::uint64_t{5}));
@@ -177,24 +177,23 @@ TEST(Adopt, RefusesMemoryOfAnotherNature) {
   const auto code = [](const MemoryResult<Region>& region) {
     return region ? std::optional<MemoryErrc>() : region.error().code;
   };
-  const auto adopt = [](void* host, AdoptedNature nature, int file = -1, std::uint64_t offset = 0,
+  const auto adopt = [](void* host, Backing nature, int file = -1, std::uint64_t offset = 0,
                         std::uint64_t bytes = mib) {
     return Region::adopt(GuestAddress(0), {host, bytes, nature, file, offset});
   };
-  using enum AdoptedNature;
-  EXPECT_EQ(code(adopt(shared, shared_memory, fd)), std::nullopt);
-  EXPECT_EQ(code(adopt(shared, shared_memory, other)), MemoryErrc::wrong_nature);
-  EXPECT_EQ(code(adopt(shared, shared_memory, fd, 0x1000, mib - 0x1000)), MemoryErrc::wrong_nature);
-  EXPECT_EQ(code(adopt(static_cast<char*>(shared) + 0x1000, shared_memory, fd, 0x1000, mib - 0x1000)), std::nullopt);
-  EXPECT_EQ(code(adopt(shared, private_anonymous)), MemoryErrc::wrong_nature);
-  EXPECT_EQ(code(adopt(private_file, private_anonymous)), MemoryErrc::wrong_nature);
-  EXPECT_EQ(code(adopt(private_file, shared_memory, fd)), MemoryErrc::wrong_nature);
-  EXPECT_EQ(code(adopt(anonymous, private_anonymous)), std::nullopt);
-  EXPECT_EQ(code(adopt(shared, shared_memory)), MemoryErrc::invalid_argument);
-  EXPECT_EQ(code(adopt(anonymous, private_anonymous, fd)), MemoryErrc::invalid_argument);
-  EXPECT_EQ(code(adopt(nullptr, unknown)), MemoryErrc::invalid_argument);
+  EXPECT_EQ(code(adopt(shared, Backing::memfd, fd)), std::nullopt);
+  EXPECT_EQ(code(adopt(shared, Backing::memfd, other)), MemoryErrc::wrong_nature);
+  EXPECT_EQ(code(adopt(shared, Backing::memfd, fd, 0x1000, mib - 0x1000)), MemoryErrc::wrong_nature);
+  EXPECT_EQ(code(adopt(static_cast<char*>(shared) + 0x1000, Backing::memfd, fd, 0x1000, mib - 0x1000)), std::nullopt);
+  EXPECT_EQ(code(adopt(shared, Backing::anonymous)), MemoryErrc::wrong_nature);
+  EXPECT_EQ(code(adopt(private_file, Backing::anonymous)), MemoryErrc::wrong_nature);
+  EXPECT_EQ(code(adopt(private_file, Backing::memfd, fd)), MemoryErrc::wrong_nature);
+  EXPECT_EQ(code(adopt(anonymous, Backing::anonymous)), std::nullopt);
+  EXPECT_EQ(code(adopt(shared, Backing::memfd)), MemoryErrc::invalid_argument);
+  EXPECT_EQ(code(adopt(anonymous, Backing::anonymous, fd)), MemoryErrc::invalid_argument);
+  EXPECT_EQ(code(adopt(nullptr, Backing::unknown)), MemoryErrc::invalid_argument);
   munmap(static_cast<char*>(anonymous) + mib / 2, 0x1000);
-  EXPECT_EQ(code(adopt(anonymous, private_anonymous)), MemoryErrc::wrong_nature);
+  EXPECT_EQ(code(adopt(anonymous, Backing::anonymous)), MemoryErrc::wrong_nature);
   munmap(shared, mib);
   munmap(private_file, mib);
   munmap(anonymous, mib);

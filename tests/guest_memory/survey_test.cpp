@@ -56,13 +56,13 @@ protected:
       break;
     case Memory::adopted_anonymous:
       own = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-      region.emplace(*Region::adopt(start, {own, bytes, AdoptedNature::private_anonymous}));
+      region.emplace(*Region::adopt(start, {own, bytes, Backing::anonymous}));
       break;
     case Memory::adopted_memfd:
       own_fd = memfd_create("adopted", MFD_CLOEXEC);
       ASSERT_EQ(ftruncate(own_fd, bytes + mib), 0);
       own = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, own_fd, mib / 2);
-      region.emplace(*Region::adopt(start, {own, bytes, AdoptedNature::shared_memory, own_fd, mib / 2}));
+      region.emplace(*Region::adopt(start, {own, bytes, Backing::memfd, own_fd, mib / 2}));
       break;
     }
     // Whole huge pages would be touched at once.
@@ -313,8 +313,7 @@ TEST(Survey, CountsMemoryOfUnknownNatureAsTouched) {
 
 TEST(Survey, NoticesThatAdoptedMemoryIsNoLongerWhatItWas) {
   void* host = mmap(nullptr, mib, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  const GuestMemory memory(
-      *MemoryMap::make({*Region::adopt(GuestAddress(0), {host, mib, AdoptedNature::private_anonymous})}));
+  const GuestMemory memory(*MemoryMap::make({*Region::adopt(GuestAddress(0), {host, mib, Backing::anonymous})}));
   EXPECT_EQ(memory.survey().zeroed.page_count(), 256U);
   const int fd = memfd_create("replacement", MFD_CLOEXEC);
   ASSERT_EQ(ftruncate(fd, mib), 0);

@@ -60,7 +60,7 @@ protected:
     if (GetParam() == HypercallTransport::kernel && !kvm->capabilities().forwards_extended_hypercalls)
       GTEST_SKIP() << "this KVM does not forward extended hypercalls (Linux 6.3 with CONFIG_KVM_HYPERV)";
     auto region =
-        Region::adopt(GuestAddress(0), {memory.data(), memory.size(), AdoptedNature::private_anonymous, -1, 0});
+        Region::adopt(GuestAddress(0), {memory.data(), memory.size(), Backing::anonymous, -1, 0});
     ASSERT_TRUE(region) << region.error().message();
     guest_memory.replace(*MemoryMap::make({*region}));
   }
