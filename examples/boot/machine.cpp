@@ -9,6 +9,7 @@
 #include <boost/asio/steady_timer.hpp>
 #include <cerrno>
 #include <chrono>
+#include <condition_variable>
 #include <csignal>
 #include <cstddef>
 #include <cstdint>
@@ -237,7 +238,38 @@ std::string describe_exit(const Exit& exit) {
   return text;
 }
 
-VcpuAction on_exit(Vcpu& vcpu, const Exit& exit, Hyperv* hyperv, Findings& findings) {
+/// Where vCPUs wait for the one that asks (zeroing::gate_port).
+class Gate {
+public:
+  void open() {
+    {
+      const std::scoped_lock lock(mutex_);
+      open_ = true;
+    }
+    opened_.notify_all();
+  }
+  /// Returns when the gate is open, and after some milliseconds anyway: a vCPU that is to stop must run to learn it.
+  void wait() {
+    std::unique_lock lock(mutex_);
+    opened_.wait_for(lock, std::chrono::milliseconds(20), [this] { return open_; });
+  }
+
+private:
+  std::mutex mutex_;
+  std::condition_variable opened_;
+  bool open_ = false;
+};
+
+/// The value of a 32-bit OUT to `port`, if the exit is one.
+std::optional<std::uint32_t> written_to(std::uint16_t port, const Exit& exit) {
+  const auto* out = std::get_if<IoOut>(&exit);
+  if (out == nullptr || out->port != port || out->data.size() != sizeof(std::uint32_t)) return std::nullopt;
+  std::uint32_t value;
+  std::memcpy(&value, out->data.data(), sizeof value);
+  return value;
+}
+
+VcpuAction on_exit(Vcpu& vcpu, const Exit& exit, Hyperv* hyperv, Gate& gate, Findings& findings) {
   const auto fail = [&](const std::string& text) {
     findings.fail("vCPU " + std::to_string(vcpu.id()) + ": " + text);
     return VcpuAction::stop_group;
@@ -248,14 +280,18 @@ VcpuAction on_exit(Vcpu& vcpu, const Exit& exit, Hyperv* hyperv, Findings& findi
     // An audit that failed has said so to the findings.
     if (*handled) return findings.failure() ? VcpuAction::stop_group : VcpuAction::resume;
   }
-  if (std::holds_alternative<Hlt>(exit)) return VcpuAction::end_vcpu;
-  if (const auto* out = std::get_if<IoOut>(&exit);
-      out != nullptr && out->port == zeroing::exit_port && out->data.size() == sizeof(std::uint32_t)) {
-    std::uint32_t code;
-    std::memcpy(&code, out->data.data(), sizeof code);
-    findings.guest_exited(code);
+  if (const auto action = written_to(zeroing::gate_port, exit)) {
+    if (*action == static_cast<std::uint32_t>(zeroing::GateAction::open))
+      gate.open();
+    else
+      gate.wait();
+    return VcpuAction::resume;
+  }
+  if (const auto code = written_to(zeroing::exit_port, exit)) {
+    findings.guest_exited(*code);
     return VcpuAction::stop_group;
   }
+  if (std::holds_alternative<Hlt>(exit)) return VcpuAction::end_vcpu;
   if (std::holds_alternative<Shutdown>(exit)) return fail("the guest crashed (triple fault)");
   return fail("an exit that this guest has no reason for: " + describe_exit(exit));
 }
@@ -343,7 +379,9 @@ public:
     const auto started = Clock::now();
     auto group = VcpuGroup::start(
         std::move(vcpus_),
-        [this](Vcpu& vcpu, const Exit& exit) { return on_exit(vcpu, exit, hyperv_ ? &*hyperv_ : nullptr, findings_); },
+        [this](Vcpu& vcpu, const Exit& exit) {
+          return on_exit(vcpu, exit, hyperv_ ? &*hyperv_ : nullptr, gate_, findings_);
+        },
         io.get_executor());
     if (!group) return failure("no vCPU threads: " + group.error().message());
     group->async_wait([&](VcpuEnds ended) {
@@ -495,6 +533,7 @@ private:
   std::unique_ptr<Vm> vm_;
   std::optional<Hyperv> hyperv_;
   std::vector<Vcpu> vcpus_;
+  Gate gate_;
   mutable Findings findings_;
   std::stop_source stop_;
   bool terminal_ = isatty(STDERR_FILENO) == 1;

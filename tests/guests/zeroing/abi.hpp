@@ -18,6 +18,15 @@ inline constexpr std::uint64_t stack_bytes = 4096;
 /// A 32-bit OUT to this port ends the run; the value is an ExitCode.
 inline constexpr std::uint16_t exit_port = 0x0501;
 
+/// A 32-bit OUT to this port is about a gate that is shut at first: GateAction says what. A vCPU that waits for another
+/// one does it here rather than in a loop, so that its processor time is that of its work.
+inline constexpr std::uint16_t gate_port = 0x0505;
+
+enum class GateAction : std::uint32_t {
+  wait = 0, ///< Hold this vCPU until the gate is open, or for a moment: it looks again and comes back.
+  open = 1, ///< Open the gate for good.
+};
+
 inline constexpr std::uint64_t page_bytes = 4096;
 /// Page numbers are below this: x86-64 has at most 52 physical address bits.
 inline constexpr std::uint64_t page_number_end = std::uint64_t{1} << 40;

@@ -81,8 +81,10 @@ std::uint64_t hypercall(std::uint64_t control, const void* output) {
   return result;
 }
 
+void out(std::uint16_t port, std::uint32_t value) { asm volatile("outl %0, %1" ::"a"(value), "d"(port) : "memory"); }
+
 [[noreturn]] void exit_vm(ExitCode code) {
-  asm volatile("outl %0, %1" ::"a"(static_cast<std::uint32_t>(code)), "d"(exit_port) : "memory");
+  out(exit_port, static_cast<std::uint32_t>(code));
   for (;;)
     asm volatile("hlt");
 }
@@ -185,9 +187,10 @@ extern "C" void zeroing_main(const BootInfo& boot, std::uint64_t cpu) {
   if (cpu == 0) {
     make_plan(boot, report);
     __atomic_store_n(&plan_is_ready, 1, __ATOMIC_RELEASE);
+    if (boot.cpus > 1) out(gate_port, static_cast<std::uint32_t>(GateAction::open));
   } else {
     while (__atomic_load_n(&plan_is_ready, __ATOMIC_ACQUIRE) == 0)
-      asm volatile("pause");
+      out(gate_port, static_cast<std::uint32_t>(GateAction::wait));
   }
 
   const std::uint64_t zeroed = zero_chunks(report);
