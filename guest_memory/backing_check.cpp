@@ -49,8 +49,7 @@ static bool fits_without_file(Backing backing, const ProcMapping& mapping) {
   }
 }
 
-MemoryResult<void> check_backing(const FileMapping& mapped, Backing backing) {
-  if (backing == Backing::unknown) return {};
+MemoryResult<void> check_backing(const FileMapping& mapped, Backing backing, RegionKind kind) {
   const auto start = reinterpret_cast<std::uintptr_t>(mapped.host);
   const auto refuse = [&](MemoryErrc code, const char* operation, int os_error = 0) {
     return std::unexpected(MemoryError{
@@ -73,7 +72,10 @@ MemoryResult<void> check_backing(const FileMapping& mapped, Backing backing) {
   std::uint64_t checked = start;
   bool fits = true;
   auto walked = for_each_mapping(start, mapped.bytes, [&](const ProcMapping& mapping) {
-    fits = mapping.start <= checked;
+    fits = mapping.start <= checked && mapping.is_readable && (mapping.is_writable || kind == RegionKind::rom);
+    checked = mapping.end;
+    if (backing == Backing::unknown) return fits;
+    fits = fits && !mapping.is_filled_on_demand;
     if (!has_file(backing))
       fits = fits && fits_without_file(backing, mapping);
     else
@@ -81,11 +83,10 @@ MemoryResult<void> check_backing(const FileMapping& mapped, Backing backing) {
       fits = fits && mapping.is_private == is_private && mapping.inode == file.st_ino &&
              mapping.device_major == major(file.st_dev) && mapping.device_minor == minor(file.st_dev) &&
              mapping.offset - mapping.start == mapped.offset - start;
-    checked = mapping.end;
     return fits;
   });
   if (!walked) return std::unexpected(walked.error());
-  if (!fits || checked < start + mapped.bytes) return refuse(MemoryErrc::wrong_nature, "compare with /proc/self/maps");
+  if (!fits || checked < start + mapped.bytes) return refuse(MemoryErrc::wrong_nature, "compare with /proc/self/smaps");
   return {};
 }
 

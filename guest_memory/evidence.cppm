@@ -57,7 +57,8 @@ enum class FileChanges : std::uint8_t { any_time, never };
 /// Of a private file mapping: data of the file, and private copies.
 [[nodiscard]] RegionEvidence private_file_evidence(const FileMapping& mapping, EvidenceSource source);
 
-/// Whether every page of the mapping is of the kind that its owner stated, by /proc/self/maps; wrong_nature if not.
-[[nodiscard]] MemoryResult<void> check_backing(const FileMapping& mapping, Backing backing);
+/// Whether every page of the mapping is of the kind that its owner stated, accessible, and not for a userfaultfd
+/// handler to fill, by /proc/self/smaps; wrong_nature if not. Of memory of unknown kind, only the access is looked at.
+[[nodiscard]] MemoryResult<void> check_backing(const FileMapping& mapping, Backing backing, RegionKind kind);
 
 } // namespace cppvmm

@@ -16,10 +16,31 @@ void ExtentList::add(Extent extent) {
     if (extents_.size() > limit_) give_up_small_gaps();
     return;
   }
+  while (extents_.size() > 1 && extent.first <= extents_[extents_.size() - 2].end()) {
+    Extent& joined = extents_[extents_.size() - 2];
+    given_up_ += extents_.back().first - joined.end();
+    joined.count = extents_.back().end() - joined.first;
+    extents_.pop_back();
+  }
   Extent& last = extents_.back();
+  if (extent.first < last.first) {
+    page_count_ += last.first - extent.first;
+    last.count = last.end() - extent.first;
+    last.first = extent.first;
+  }
   const std::uint64_t end = std::max(last.end(), extent.end());
   page_count_ += end - last.end();
   last.count = end - last.first;
+}
+
+void ExtentList::shift_up(std::uint64_t pages) {
+  for (Extent& extent : extents_)
+    extent.first += pages;
+}
+
+void ExtentList::shift_down(std::uint64_t pages) {
+  for (Extent& extent : extents_)
+    extent.first -= pages;
 }
 
 void ExtentList::give_up_small_gaps() {

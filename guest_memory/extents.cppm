@@ -23,8 +23,12 @@ public:
 
   explicit ExtentList(std::size_t limit = default_limit) : limit_(limit) {}
 
-  /// Extents come in ascending order; one that touches or overlaps the last is joined to it.
+  /// Extents come in ascending order; one that touches or overlaps the last is joined to it. (One that comes out of
+  /// order is not lost: all from its start on become one extent.)
   void add(Extent extent);
+  /// Counts from another start: all extents move by so many pages.
+  void shift_up(std::uint64_t pages);
+  void shift_down(std::uint64_t pages);
 
   [[nodiscard]] const std::vector<Extent>& extents() const { return extents_; }
   /// Pages added, each once, without those of gaps that were given up.

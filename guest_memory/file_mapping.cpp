@@ -58,10 +58,9 @@ RegionEvidence shared_anonymous_evidence(const void* host, std::uint64_t bytes, 
       return false;
     }
     result.kind = part.kind;
-    for (const ExtentList& list : part.touched) {
-      ExtentList& moved = result.touched.emplace_back();
-      for (const Extent& extent : list.extents())
-        moved.add({extent.first + (from - start) / page_size, extent.count});
+    for (ExtentList& list : part.touched) {
+      list.shift_up((from - start) / page_size);
+      result.touched.push_back(std::move(list));
     }
     return true;
   });

@@ -1,4 +1,5 @@
 module;
+#include <chrono>
 #include <expected>
 #include <memory>
 #include <mutex>
@@ -75,6 +76,7 @@ TouchedMap GuestMemory::marks() const {
 
 Survey GuestMemory::survey(const SurveyOptions& options) const {
   constexpr int attempts = 4;
+  const auto begin = std::chrono::steady_clock::now();
   for (int attempt = 1;; ++attempt) {
     const auto map = snapshot();
     Survey survey = survey_map(*map, options);
@@ -89,6 +91,7 @@ Survey GuestMemory::survey(const SurveyOptions& options) const {
     survey.zeroed = survey.ram;
     survey.zeroed.remove(survey.touched);
     survey.zeroed.remove(options.leave_out);
+    survey.cost = std::chrono::steady_clock::now() - begin;
     return survey;
   }
 }

@@ -63,8 +63,9 @@ public:
   /// report says why. When the map is replaced meanwhile the survey starts over, at most 3 times; after that everything
   /// counts as touched. Costs system calls in proportion to the number of touched extents, and no memory is touched.
   ///
-  /// A page that is discarded (MADV_DONTNEED, hole punched) during the call may or may not be zeroed. Memory that a
-  /// userfaultfd handler has yet to fill must be marked or adopted as AdoptedNature::unknown.
+  /// A page that is discarded (MADV_DONTNEED, hole punched) during the call may or may not be zeroed. Before Linux 6.5,
+  /// discards of a memfd's pages by other processes during the call can also hide a page that the kernel is migrating
+  /// and that is not mapped here (docs/evidence.md).
   [[nodiscard]] Survey survey(const SurveyOptions& options = {}) const;
 
 private:

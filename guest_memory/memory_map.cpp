@@ -6,7 +6,9 @@ module;
 #include <cstring>
 #include <expected>
 #include <iterator>
+#include <optional>
 #include <span>
+#include <tuple>
 #include <utility>
 #include <vector>
 module cppvmm.guest_memory:memory_map.impl;
@@ -22,7 +24,8 @@ namespace cppvmm {
 
 template <class Word>
 static void load_word(std::byte*& into, const std::byte*& guest) {
-  const Word word = __atomic_load_n(reinterpret_cast<const Word*>(guest), __ATOMIC_RELAXED);
+  using Aliasing [[gnu::may_alias]] = Word;
+  const Word word = __atomic_load_n(reinterpret_cast<const Aliasing*>(guest), __ATOMIC_RELAXED);
   std::memcpy(into, &word, sizeof word);
   into += sizeof word;
   guest += sizeof word;
@@ -32,7 +35,8 @@ template <class Word>
 static void store_word(std::byte*& guest, const std::byte*& from) {
   Word word;
   std::memcpy(&word, from, sizeof word);
-  __atomic_store_n(reinterpret_cast<Word*>(guest), word, __ATOMIC_RELAXED);
+  using Aliasing [[gnu::may_alias]] = Word;
+  __atomic_store_n(reinterpret_cast<Aliasing*>(guest), word, __ATOMIC_RELAXED);
   from += sizeof word;
   guest += sizeof word;
 }
@@ -77,6 +81,36 @@ static void copy_to_guest(std::byte* guest_at, const std::byte* from, std::size_
   });
 }
 
+/// Where the bytes of a region are: in a file, or at an address.
+struct HostPlace {
+  std::uint64_t device;
+  std::uint64_t inode;
+  std::uint64_t start;
+  std::uint64_t end;
+  const Region* region;
+};
+
+/// The second of two regions of RAM that are the same host memory, or null. Every region counts by its addresses, and
+/// shared mappings of files by their place in the file as well.
+static const Region* find_alias(const std::vector<Region>& regions) {
+  std::vector<HostPlace> places;
+  for (const Region& region : regions) {
+    if (region.kind() != RegionKind::ram) continue;
+    const auto host = reinterpret_cast<std::uintptr_t>(region.host_address());
+    places.push_back({0, 0, host, host + region.bytes(), &region});
+    if (const auto file = region.shared_file_id())
+      places.push_back(
+          {file->device, file->inode, region.file_offset(), region.file_offset() + region.bytes(), &region});
+  }
+  std::ranges::sort(places, {}, [](const HostPlace& place) {
+    return std::tuple(place.device, place.inode, place.start, place.region->start().value());
+  });
+  const auto clash = std::ranges::adjacent_find(places, [](const HostPlace& left, const HostPlace& right) {
+    return left.device == right.device && left.inode == right.inode && right.start < left.end;
+  });
+  return clash == places.end() ? nullptr : std::next(clash)->region;
+}
+
 MemoryResult<MemoryMap> MemoryMap::make(std::vector<Region> regions) {
   std::ranges::sort(regions, {}, [](const Region& region) { return region.pages().first(); });
   const auto clash = std::ranges::adjacent_find(
@@ -88,6 +122,11 @@ MemoryResult<MemoryMap> MemoryMap::make(std::vector<Region> regions) {
                                        .length = second.bytes(),
                                        .operation = "MemoryMap::make"});
   }
+  if (const Region* second = find_alias(regions))
+    return std::unexpected(MemoryError{.code = MemoryErrc::overlap,
+                                       .address = second->start().value(),
+                                       .length = second->bytes(),
+                                       .operation = "MemoryMap::make: RAM that another region has already"});
   MemoryMap map;
   map.regions_ = std::move(regions);
   return map;

@@ -13,9 +13,13 @@ import :region;
 
 namespace cppvmm {
 
-/// What can be read from and written to guest memory as a value: the guest may put any bits there at any time.
+/// What can be read from and written to guest memory as a value: any bits that a guest puts there are one (which holds
+/// for a struct only if it does for its members: no bool, enumeration or pointer), and no padding carries bytes of this
+/// process to the guest.
 export template <class T>
-concept GuestValue = std::is_trivially_copyable_v<T> && !std::is_pointer_v<T> && !std::is_same_v<T, bool>;
+concept GuestValue = std::is_trivially_copyable_v<T> && std::is_trivially_default_constructible_v<T> &&
+                     (std::has_unique_object_representations_v<T> || std::is_floating_point_v<T>) &&
+                     !std::is_pointer_v<T> && !std::is_same_v<T, bool>;
 
 /// The regions that a guest has: an immutable snapshot. To change a map, make another one and publish it
 /// (GuestMemory). Safe to use from any thread.
@@ -27,7 +31,8 @@ concept GuestValue = std::is_trivially_copyable_v<T> && !std::is_pointer_v<T> &&
 export class MemoryMap {
 public:
   MemoryMap() = default;
-  /// Of regions in any order; `overlap` names the address where two meet.
+  /// Of regions in any order. `overlap` names the address where two meet, or the second of two regions of RAM that
+  /// share host memory, by address or by file: a page must not be known under two numbers.
   [[nodiscard]] static MemoryResult<MemoryMap> make(std::vector<Region> regions);
   /// This map and one more region.
   [[nodiscard]] MemoryResult<MemoryMap> with(Region region) const;

@@ -204,37 +204,44 @@ static std::optional<SystemError> confirm_by_cachestat(const FilePages& file, Ex
   return std::nullopt;
 }
 
-/// For kernels before 6.5: a pass counts when it saw as many pages as the file has allocated after it, which leaves no
-/// room for a page that was skipped. What any pass saw is data. Own page tables add the pages that are mapped here,
-/// guest and VMM writes, whatever happens to them meanwhile.
-static std::optional<SystemError> confirm_by_blocks(int fd, const FilePages& file, Extent range, const void* host,
-                                                    FileEvidence& found) {
-  auto tables = page_table_evidence(host, range.count * page_size, PageEntries::all, EvidenceSource::automatic);
+/// For kernels before 6.5: a pass counts when it saw exactly as many pages as the file had allocated before it and
+/// after it, and two such passes must follow each other. A page that both skipped would have to be in migration both
+/// times, and to be made up for both times by a page that was allocated, seen and freed in between. What any pass saw
+/// is data, and own page tables add the pages that are mapped here, guest and VMM writes, whatever happens to them
+/// meanwhile.
+static std::optional<SystemError> confirm_by_blocks(const FileMapping& mapping, const FilePages& file, Extent range,
+                                                    EvidenceSource source, FileEvidence& found) {
+  auto tables = page_table_evidence(mapping.host, mapping.bytes, PageEntries::all, source);
   if (tables.error) return SystemError{tables.error->operation, tables.error->os_error};
-  for (const ExtentList& list : tables.touched) {
-    ExtentList& data = found.data.emplace_back();
-    for (const Extent& extent : list.extents())
-      data.add({range.first + extent.first, extent.count});
+  for (ExtentList& list : tables.touched) {
+    list.shift_up(range.first);
+    found.data.push_back(std::move(list));
   }
 
   constexpr int passes = 16;
-  for (int pass = 0; pass < passes; ++pass) {
-    struct stat status{};
-    if (fstat(fd, &status) != 0) return SystemError{"fstat of shared memory", errno};
-    const auto file_pages = (static_cast<std::uint64_t>(status.st_size) + page_size - 1) / page_size;
-    ExtentList& data = found.data.emplace_back();
+  constexpr int wanted = 2;
+  int complete = 0;
+  for (int pass = 0; pass < passes && complete < wanted; ++pass) {
+    struct stat before{};
+    struct stat after{};
+    if (fstat(mapping.fd, &before) != 0) return SystemError{"fstat of shared memory", errno};
+    const auto file_pages = (static_cast<std::uint64_t>(before.st_size) + page_size - 1) / page_size;
+    ExtentList data;
     ExtentList elsewhere; // the embedder's other uses of the file
     if (range.first > 0)
       if (auto error = file.add_data({0, range.first}, elsewhere)) return error;
     if (auto error = file.add_data(range, data)) return error;
     if (file_pages > range.end())
       if (auto error = file.add_data({range.end(), file_pages - range.end()}, elsewhere)) return error;
-    if (fstat(fd, &status) != 0) return SystemError{"fstat of shared memory", errno};
-    const auto allocated = static_cast<std::uint64_t>(status.st_blocks) * 512 / page_size;
+    if (fstat(mapping.fd, &after) != 0) return SystemError{"fstat of shared memory", errno};
     const std::uint64_t seen = data.page_count() + elsewhere.page_count();
-    found.unaccounted = allocated > seen ? allocated - seen : 0;
-    if (found.unaccounted == 0) return std::nullopt;
+    found.data.push_back(std::move(data));
+    const auto allocated = static_cast<std::uint64_t>(after.st_blocks) * 512 / page_size;
+    const bool is_complete = before.st_blocks == after.st_blocks && seen == allocated;
+    complete = is_complete ? complete + 1 : 0;
+    found.unaccounted = is_complete ? 0 : std::max<std::uint64_t>(1, allocated > seen ? allocated - seen : 0);
   }
+  if (complete < wanted) found.unaccounted = std::max<std::uint64_t>(1, found.unaccounted);
   return std::nullopt;
 }
 
@@ -250,7 +257,7 @@ RegionEvidence page_cache_evidence(const FileMapping& mapping, FileChanges chang
     error = confirm_by_cachestat(file, range, found);
     result.unaccounted_pages = found.unaccounted;
   } else if (file.is_in_memory()) {
-    error = confirm_by_blocks(mapping.fd, file, range, mapping.host, found);
+    error = confirm_by_blocks(mapping, file, range, source, found);
     result.unaccounted_pages = found.unaccounted;
     if (found.unaccounted == 0) result.kind = Evidence::page_cache_blocks;
   } else if (changes == FileChanges::never) {
@@ -266,10 +273,9 @@ RegionEvidence page_cache_evidence(const FileMapping& mapping, FileChanges chang
                                .operation = error->operation};
     return result;
   }
-  for (const ExtentList& list : found.data) {
-    ExtentList& touched = result.touched.emplace_back();
-    for (const Extent& extent : list.extents())
-      touched.add({extent.first - range.first, extent.count});
+  for (ExtentList& list : found.data) {
+    list.shift_down(range.first);
+    result.touched.push_back(std::move(list));
   }
   return result;
 }

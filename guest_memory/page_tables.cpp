@@ -123,9 +123,8 @@ RegionEvidence page_table_evidence(const void* host, std::uint64_t bytes, PageEn
   if (pagemap < 0) return no_evidence("open /proc/self/pagemap", start, bytes, errno);
   RegionEvidence result;
   if (source == EvidenceSource::automatic) result = scan(pagemap, start, bytes, entries);
-  // ENOTTY: a kernel without the ioctl.
-  const bool no_scan = source == EvidenceSource::legacy || (result.error && result.error->os_error == ENOTTY);
-  if (no_scan) result = read_entries(pagemap, start, bytes, entries);
+  // A kernel without the ioctl says ENOTTY, a sandbox something else.
+  if (result.kind == Evidence::none) result = read_entries(pagemap, start, bytes, entries);
   close(pagemap);
   return result;
 }

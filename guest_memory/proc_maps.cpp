@@ -28,7 +28,7 @@ static MemoryResult<void> for_each_line(const char* path, const std::function<bo
     return std::unexpected(MemoryError{.code = MemoryErrc::os, .os_error = errno, .operation = operation});
   };
   const std::unique_ptr<std::FILE, CloseFile> file(std::fopen(path, "re"));
-  if (!file) return failed("open /proc/self/maps");
+  if (!file) return failed("open /proc/self/smaps");
   char* line = nullptr;
   std::size_t capacity = 0;
   errno = 0;
@@ -36,7 +36,7 @@ static MemoryResult<void> for_each_line(const char* path, const std::function<bo
   while (more && getline(&line, &capacity, file.get()) >= 0)
     more = visit(line);
   const std::unique_ptr<char, FreeLine> owner(line);
-  if (std::ferror(file.get()) != 0) return failed("read /proc/self/maps");
+  if (std::ferror(file.get()) != 0) return failed("read /proc/self/smaps");
   return {};
 }
 
@@ -55,6 +55,8 @@ static bool parse(const char* line, ProcMapping& mapping) {
     mapping.path.pop_back();
   mapping.start = start;
   mapping.end = end;
+  mapping.is_readable = access[0] == 'r';
+  mapping.is_writable = access[1] == 'w';
   mapping.is_private = access[3] == 'p';
   mapping.offset = offset;
   mapping.inode = inode;
@@ -63,50 +65,47 @@ static bool parse(const char* line, ProcMapping& mapping) {
 
 MemoryResult<void> for_each_mapping(std::uint64_t start, std::uint64_t bytes,
                                     const std::function<bool(const ProcMapping&)>& visit) {
-  return for_each_line("/proc/self/maps", [&](const char* line) {
-    ProcMapping mapping;
-    if (!parse(line, mapping) || mapping.end <= start) return true;
-    if (mapping.start >= start + bytes) return false;
-    return visit(mapping);
-  });
-}
-
-MemoryResult<bool> is_filled_on_demand(std::uint64_t start, std::uint64_t bytes) {
-  bool inside = false;
-  bool found = false;
-  auto done = for_each_line("/proc/self/smaps", [&](const char* line) {
+  ProcMapping current;
+  bool overlaps = false;
+  return for_each_line("/proc/self/smaps", [&](const char* line) {
     ProcMapping mapping;
     if (parse(line, mapping)) {
-      inside = mapping.start < start + bytes && mapping.end > start;
+      overlaps = mapping.start < start + bytes && mapping.end > start;
+      current = mapping;
       return mapping.start < start + bytes;
     }
-    // VmFlags: um is VM_UFFD_MISSING, ui VM_UFFD_MINOR (Linux fs/proc/task_mmu.c).
     const std::string_view text(line);
-    if (inside && text.starts_with("VmFlags:") &&
-        (text.find(" um") != std::string_view::npos || text.find(" ui") != std::string_view::npos))
-      found = true;
-    return !found;
+    // The last line of a mapping's record. um is VM_UFFD_MISSING, ui VM_UFFD_MINOR (Linux fs/proc/task_mmu.c).
+    if (!overlaps || !text.starts_with("VmFlags:")) return true;
+    current.is_filled_on_demand =
+        text.find(" um") != std::string_view::npos || text.find(" ui") != std::string_view::npos;
+    return visit(current);
   });
-  if (!done) return std::unexpected(done.error());
-  return found;
 }
 
 MemoryResult<std::uint64_t> sum_smaps(std::uint64_t start, std::uint64_t bytes,
                                       const std::function<bool(std::string_view)>& wanted) {
   std::uint64_t sum = 0;
-  bool inside = false;
+  bool overlaps = false;
+  bool reaches_beyond = false;
   auto done = for_each_line("/proc/self/smaps", [&](const char* line) {
     ProcMapping mapping;
     if (parse(line, mapping)) {
-      inside = mapping.start >= start && mapping.end <= start + bytes;
-      return mapping.start < start + bytes;
+      overlaps = mapping.start < start + bytes && mapping.end > start;
+      if (overlaps && (mapping.start < start || mapping.end > start + bytes)) reaches_beyond = true;
+      return mapping.start < start + bytes && !reaches_beyond;
     }
     char name[64];
     unsigned long long kib = 0;
-    if (inside && std::sscanf(line, "%63[^:]: %llu kB", name, &kib) == 2 && wanted(name)) sum += kib * 1024;
+    if (overlaps && std::sscanf(line, "%63[^:]: %llu kB", name, &kib) == 2 && wanted(name)) sum += kib * 1024;
     return true;
   });
   if (!done) return std::unexpected(done.error());
+  if (reaches_beyond)
+    return std::unexpected(MemoryError{.code = MemoryErrc::unavailable,
+                                       .address = start,
+                                       .length = bytes,
+                                       .operation = "sum of /proc/self/smaps for a part of a mapping"});
   return sum;
 }
 

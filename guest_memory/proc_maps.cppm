@@ -8,28 +8,28 @@ import :error;
 
 namespace cppvmm {
 
-/// One mapping of this process, as /proc/self/maps has it.
+/// One mapping of this process, as /proc/self/smaps has it.
 struct ProcMapping {
   std::uint64_t start = 0;
   std::uint64_t end = 0;
+  bool is_readable = false;
+  bool is_writable = false;
   bool is_private = false;
   std::uint64_t offset = 0;
   unsigned device_major = 0;
   unsigned device_minor = 0;
   std::uint64_t inode = 0;
   std::string path; ///< As printed: with " (deleted)" where the file has no name; empty for anonymous memory.
+  /// Registered with a userfaultfd for missing pages or minor faults: someone has yet to fill it.
+  bool is_filled_on_demand = false;
 };
 
 /// Calls `visit` for each mapping that overlaps [start, start + bytes), ascending, until it returns false.
 [[nodiscard]] MemoryResult<void> for_each_mapping(std::uint64_t start, std::uint64_t bytes,
                                                   const std::function<bool(const ProcMapping&)>& visit);
 
-/// Whether a mapping that overlaps [start, start + bytes) is registered with a userfaultfd for missing pages or minor
-/// faults: someone has yet to fill it.
-[[nodiscard]] MemoryResult<bool> is_filled_on_demand(std::uint64_t start, std::uint64_t bytes);
-
-/// The sum, in bytes, of the /proc/self/smaps fields whose name `wanted` accepts, over the mappings that lie within
-/// [start, start + bytes).
+/// The sum, in bytes, of the /proc/self/smaps fields whose name `wanted` accepts, over the mappings that overlap
+/// [start, start + bytes); unavailable when one of them reaches beyond.
 [[nodiscard]] MemoryResult<std::uint64_t> sum_smaps(std::uint64_t start, std::uint64_t bytes,
                                                     const std::function<bool(std::string_view)>& wanted);
 

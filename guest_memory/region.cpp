@@ -7,6 +7,7 @@ module;
 #include <functional>
 #include <linux/memfd.h>
 #include <memory>
+#include <optional>
 #include <string_view>
 #include <sys/mman.h>
 #include <sys/stat.h>
@@ -16,8 +17,10 @@ module cppvmm.guest_memory:region.impl;
 import :address;
 import :error;
 import :evidence;
+import :extents;
 import :proc_maps;
 import :region;
+import :survey;
 
 namespace cppvmm {
 
@@ -32,6 +35,7 @@ struct Region::Mapping {
   std::size_t reserved_bytes = 0;
   int fd = -1;
   std::uint64_t fd_offset = 0;
+  std::optional<FileId> shared_file;
 
   Mapping() = default;
   Mapping(const Mapping&) = delete;
@@ -46,6 +50,12 @@ static std::unexpected<MemoryError> refuse(MemoryErrc code, GuestAddress start, 
                                            const char* operation, int os_error = 0) {
   return std::unexpected(MemoryError{
       .code = code, .address = start.value(), .length = bytes, .os_error = os_error, .operation = operation});
+}
+
+static std::optional<Region::FileId> file_id(int fd) {
+  struct stat status{};
+  if (fstat(fd, &status) != 0) return std::nullopt;
+  return Region::FileId{.device = status.st_dev, .inode = status.st_ino};
 }
 
 static MemoryResult<PageRange> checked_pages(GuestAddress start, std::uint64_t bytes, std::uint64_t unit,
@@ -70,7 +80,15 @@ static int map_guarded(void*& reserved, std::size_t& reserved_bytes, void*& host
   const std::uintptr_t aligned = (base + alignment) & ~(alignment - 1); // at least one page above base
   void* at = reinterpret_cast<void*>(aligned);
   void* mapped = mmap(at, bytes, PROT_READ | PROT_WRITE, flags | MAP_FIXED, fd, static_cast<off_t>(offset));
-  if (mapped == MAP_FAILED) return errno;
+  if (mapped == MAP_FAILED) {
+    const int error = errno;
+    // What was there may be gone or not (kernels differ), and another thread may have mapped the gap since: only what
+    // is certainly still ours is unmapped.
+    munmap(space, aligned - base);
+    munmap(reinterpret_cast<void*>(aligned + bytes), base + size - aligned - bytes);
+    reserved = nullptr;
+    return error;
+  }
   host = mapped;
   return 0;
 }
@@ -107,6 +125,7 @@ MemoryResult<Region> Region::memfd(GuestAddress start, std::uint64_t bytes, Regi
     return refuse(MemoryErrc::os, start, bytes, "ftruncate of a memfd", errno);
   if (fcntl(mapping->fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) != 0)
     return refuse(MemoryErrc::os, start, bytes, "F_ADD_SEALS on a memfd", errno);
+  mapping->shared_file = file_id(mapping->fd);
   if (const int error = map_guarded(mapping->reserved, mapping->reserved_bytes, mapping->host, bytes, huge_alignment,
                                     MAP_SHARED | MAP_NORESERVE, mapping->fd))
     return refuse(MemoryErrc::os, start, bytes, "mmap of a memfd", error);
@@ -114,6 +133,16 @@ MemoryResult<Region> Region::memfd(GuestAddress start, std::uint64_t bytes, Regi
 }
 
 static unsigned huge_flag(HugePageSize page) { return page == HugePageSize::one_gib ? MFD_HUGE_1GB : MFD_HUGE_2MB; }
+
+/// Without guard pages: each hugetlb mapping has a file of its own, and so is never joined with a neighbour.
+template <class Mapping>
+static int map_huge(Mapping& mapping, std::uint64_t bytes, int flags, int fd) {
+  void* mapped = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, flags, fd, 0);
+  if (mapped == MAP_FAILED) return errno;
+  mapping.host = mapping.reserved = mapped;
+  mapping.reserved_bytes = bytes;
+  return 0;
+}
 
 static std::unexpected<MemoryError> refuse_huge(GuestAddress start, std::uint64_t bytes, int error) {
   if (error == ENOMEM || error == EINVAL || error == ENOENT || error == ENODEV)
@@ -130,8 +159,8 @@ MemoryResult<Region> Region::hugetlb(GuestAddress start, std::uint64_t bytes, Hu
   mapping->kind = kind;
   mapping->backing = Backing::hugetlb;
   // mmap encodes the page size as memfd_create does. Reserved, for a fault without a page left would be a SIGBUS.
-  if (const int error = map_guarded(mapping->reserved, mapping->reserved_bytes, mapping->host, bytes, unit,
-                                    MAP_PRIVATE | MAP_ANONYMOUS | MAP_HUGETLB | static_cast<int>(huge_flag(page)), -1))
+  if (const int error =
+          map_huge(*mapping, bytes, MAP_PRIVATE | MAP_ANONYMOUS | MAP_HUGETLB | static_cast<int>(huge_flag(page)), -1))
     return refuse_huge(start, bytes, error);
   return Region(std::move(mapping));
 }
@@ -151,6 +180,7 @@ MemoryResult<Region> Region::hugetlb_memfd(GuestAddress start, std::uint64_t byt
     return refuse(MemoryErrc::os, start, bytes, "ftruncate of a hugetlb memfd", errno);
   if (fcntl(mapping->fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) != 0)
     return refuse(MemoryErrc::os, start, bytes, "F_ADD_SEALS on a hugetlb memfd", errno);
+  mapping->shared_file = file_id(mapping->fd);
   if (const int error =
           map_guarded(mapping->reserved, mapping->reserved_bytes, mapping->host, bytes, unit, MAP_SHARED, mapping->fd))
     return refuse_huge(start, bytes, error);
@@ -192,7 +222,7 @@ MemoryResult<Region> Region::adopt(GuestAddress start, const AdoptedMemory& memo
     return refuse(MemoryErrc::invalid_argument, start, memory.bytes, "Region::adopt");
   if (auto fits = check_backing(
           {.fd = memory.fd, .offset = memory.fd_offset, .host = memory.host_address, .bytes = memory.bytes},
-          memory.backing);
+          memory.backing, kind);
       !fits)
     return std::unexpected(fits.error());
   auto mapping = std::make_shared<Mapping>();
@@ -209,6 +239,7 @@ MemoryResult<Region> Region::adopt(GuestAddress start, const AdoptedMemory& memo
     mapping->fd = open(path, O_RDONLY | O_CLOEXEC);
     if (mapping->fd < 0)
       return refuse(MemoryErrc::os, start, memory.bytes, "open of the adopted file through /proc/self/fd", errno);
+    if (memory.backing != Backing::private_file) mapping->shared_file = file_id(mapping->fd);
     if (memory.backing == Backing::private_file && fdatasync(mapping->fd) != 0)
       return refuse(MemoryErrc::os, start, memory.bytes, "fdatasync of a snapshot", errno);
   }
@@ -245,7 +276,20 @@ void* Region::host_address() const { return mapping_->host; }
 int Region::file_descriptor() const { return mapping_->fd; }
 std::uint64_t Region::file_offset() const { return mapping_->fd_offset; }
 
+std::optional<Region::FileId> Region::shared_file_id() const { return mapping_->shared_file; }
+
 MemoryResult<std::uint64_t> Region::resident_bytes() const {
+  if (is_adopted()) {
+    const bool is_huge = backing() == Backing::hugetlb || backing() == Backing::hugetlb_memfd;
+    const auto pages = is_huge
+                           ? hugetlb_evidence(host_address(), bytes(), EvidenceSource::automatic)
+                           : page_table_evidence(host_address(), bytes(), PageEntries::all, EvidenceSource::automatic);
+    if (pages.error) return std::unexpected(*pages.error);
+    std::uint64_t count = 0;
+    for (const ExtentList& list : pages.touched)
+      count += list.page_count();
+    return count * page_size;
+  }
   if (!is_adopted() && (backing() == Backing::memfd || backing() == Backing::hugetlb_memfd)) {
     struct stat status{};
     if (fstat(file_descriptor(), &status) != 0)

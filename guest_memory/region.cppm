@@ -2,6 +2,7 @@ module;
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <optional>
 export module cppvmm.guest_memory:region;
 import :address;
 import :error;
@@ -49,7 +50,11 @@ export struct AdoptedMemory {
 };
 
 /// A range of guest-physical addresses and the host memory behind it. A cheap handle: copies share the memory, which
-/// is unmapped with the last of them. Immutable, and so safe to use from any thread.
+/// is unmapped with the last of them. Immutable, and so safe to use from any thread. One that was moved from may only
+/// be assigned to or destroyed.
+///
+/// Nothing else may be mapped over a region's memory: a survey that finds other than what it put there (a file, a
+/// device) counts the region as touched.
 ///
 /// Memory of every region reads zero when it is made (but adopted memory and files, which read as they did). Making one
 /// fails with invalid_argument (no bytes; address or size not a multiple of 4 KiB, for hugetlb size not of the huge
@@ -93,11 +98,20 @@ public:
   /// resized here.
   [[nodiscard]] int file_descriptor() const;
   [[nodiscard]] std::uint64_t file_offset() const;
+  /// Which file a shared mapping is of (st_dev, st_ino); nothing for private memory.
+  struct FileId {
+    std::uint64_t device = 0;
+    std::uint64_t inode = 0;
+    friend bool operator==(const FileId&, const FileId&) = default;
+  };
+  [[nodiscard]] std::optional<FileId> shared_file_id() const;
 
-  /// Host memory that the region holds now, in bytes: allocated blocks of a memfd of its own, else the resident set
-  /// in /proc/self/smaps. Walks page tables: for reports, not for hot paths.
+  /// Host memory that the region holds now, in bytes: allocated blocks of a memfd of its own; the pages in this
+  /// process's page tables, swapped-out ones included, for adopted memory; else the resident set in /proc/self/smaps.
+  /// Walks page tables: for reports, not for hot paths.
   [[nodiscard]] MemoryResult<std::uint64_t> resident_bytes() const;
-  /// The part of the resident set that is in transparent huge pages (AnonHugePages and ShmemPmdMapped in smaps).
+  /// The part of the resident set that is in transparent huge pages (AnonHugePages and ShmemPmdMapped in smaps);
+  /// `unavailable` for adopted memory that is part of a larger mapping.
   [[nodiscard]] MemoryResult<std::uint64_t> huge_page_bytes() const;
 
   /// Whether both are handles to the same memory at the same address.

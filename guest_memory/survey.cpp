@@ -3,19 +3,15 @@ module;
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
-#include <expected>
-#include <functional>
 #include <span>
 #include <utility>
 #include <vector>
 module cppvmm.guest_memory:survey.impl;
 import :address;
-import :error;
 import :evidence;
 import :extents;
 import :memory_map;
 import :page_set;
-import :proc_maps;
 import :region;
 import :survey;
 import :touched_map;
@@ -78,19 +74,9 @@ static RegionEvidence evidence_of(const Region& region, EvidenceSource source) {
                            .offset = region.file_offset(),
                            .host = region.host_address(),
                            .bytes = region.bytes()};
-  // An embedder may map something else there, or hand a region's missing pages to a userfaultfd, at any time: before
-  // the look at the books and after it, nothing of that may be so.
-  const auto is_as_stated = [&]() -> MemoryResult<void> {
-    const auto start = reinterpret_cast<std::uintptr_t>(memory.host);
-    const auto on_demand = is_filled_on_demand(start, memory.bytes);
-    if (!on_demand) return std::unexpected(on_demand.error());
-    if (*on_demand)
-      return std::unexpected(MemoryError{.code = MemoryErrc::wrong_nature,
-                                         .address = start,
-                                         .length = memory.bytes,
-                                         .operation = "memory that a userfaultfd handler fills"});
-    return region.is_adopted() ? check_backing(memory, region.backing()) : MemoryResult<void>();
-  };
+  // Someone may map something else there, or give a region's missing pages to a userfaultfd, at any time: before the
+  // look at the books and after it, nothing of that may be so.
+  const auto is_as_stated = [&] { return check_backing(memory, region.backing(), region.kind()); };
   RegionEvidence refused;
   if (region.backing() == Backing::unknown) return refused;
   if (auto before = is_as_stated(); !before) {
@@ -130,7 +116,6 @@ static std::uint64_t add_touched(PageSet& touched, PageRange region, std::span<c
 Survey survey_map(const MemoryMap& map, const SurveyOptions& options) {
   using Clock = std::chrono::steady_clock;
   Survey survey;
-  const auto begin = Clock::now();
   for (const Region& region : map.regions()) {
     RegionSurvey report{.pages = region.pages(), .kind = region.kind(), .backing = region.backing()};
     // ROM is never reported, so nothing needs to be known of it.
@@ -153,7 +138,6 @@ Survey survey_map(const MemoryMap& map, const SurveyOptions& options) {
     }
     survey.regions.push_back(std::move(report));
   }
-  survey.cost = Clock::now() - begin;
   return survey;
 }
 

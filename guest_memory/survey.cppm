@@ -31,7 +31,7 @@ export [[nodiscard]] const char* to_string(Evidence evidence);
 /// Which way to the page tables and the page cache a survey takes.
 export enum class EvidenceSource : std::uint8_t {
   automatic, ///< The newest interface that this kernel has.
-  legacy,    ///< What kernels before 6.5 have: for comparison, and for tests of that path.
+  legacy,    ///< What kernels before 6.5 have, where the newest has more: for comparison, and for tests of that path.
 };
 
 export struct SurveyOptions {
@@ -61,13 +61,13 @@ export struct Survey {
   PageSet ram;
   /// Pages of RAM that may hold data: by evidence, by mark, or because nothing is known.
   PageSet touched;
-  /// ram - touched - left out. Each of these pages read zero at a moment during the survey, and held no data when it
-  /// began.
+  /// ram - touched - left out. Each of these pages read zero at a moment during the survey; none of them held data when
+  /// it began, but for pages that were discarded since.
   PageSet zeroed;
   /// What was marked by hand; the other touched pages have an unknown writer.
   TouchedMap marks;
   std::vector<RegionSurvey> regions;
-  std::chrono::nanoseconds cost{};
+  std::chrono::nanoseconds cost{}; ///< Of the whole, as GuestMemory::survey makes it.
 
   /// The touched pages with who touched them.
   [[nodiscard]] TouchedMap touched_map() const;

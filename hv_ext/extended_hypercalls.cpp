@@ -6,6 +6,8 @@ module;
 #include <expected>
 #include <memory>
 #include <mutex>
+#include <new>
+#include <optional>
 #include <span>
 #include <utility>
 #include <vector>
@@ -24,13 +26,17 @@ struct ExtendedHypercalls::State {
   std::atomic<std::uint64_t> query_capabilities = 0;
   std::atomic<std::uint64_t> get_boot_zeroed_memory = 0;
   std::atomic<std::uint64_t> other = 0;
-  std::mutex mutex;
+  std::mutex mutex;                // of the next two
   std::vector<PageNumber> outputs; // pages that calls in progress will write their output to
+  std::optional<PageNumber> hypercall_page;
+  std::mutex survey_mutex; // held while an answer is made
 
   State(const GuestMemory& guest_memory, HvOptions chosen) : memory(guest_memory), options(std::move(chosen)) {}
 
   [[nodiscard]] HvStatus answer_capabilities(GuestAddress output) const;
   [[nodiscard]] HvStatus answer_boot_zeroed(GuestAddress output);
+  /// Pages that read zero now, or could, and are not the guest's to take for free.
+  [[nodiscard]] PageSet pages_to_keep();
 };
 
 /// Keeps a call's output page known to all surveys while the call is in progress: it reads zero until the answer is
@@ -69,6 +75,11 @@ HvResult<ExtendedHypercalls> ExtendedHypercalls::create(const GuestMemory& memor
 
 const HvOptions& ExtendedHypercalls::options() const { return state_->options; }
 const GuestMemory& ExtendedHypercalls::memory() const { return state_->memory; }
+void ExtendedHypercalls::set_hypercall_page(std::optional<PageNumber> page) {
+  const std::lock_guard lock(state_->mutex);
+  state_->hypercall_page = page;
+}
+
 HypercallCounts ExtendedHypercalls::counts() const {
   return {.query_capabilities = state_->query_capabilities.load(std::memory_order_relaxed),
           .get_boot_zeroed_memory = state_->get_boot_zeroed_memory.load(std::memory_order_relaxed),
@@ -87,19 +98,31 @@ HvStatus ExtendedHypercalls::State::answer_capabilities(GuestAddress output) con
   return memory.write_value(output, capabilities) ? HvStatus::success : HvStatus::invalid_parameter;
 }
 
+PageSet ExtendedHypercalls::State::pages_to_keep() {
+  PageSet pages;
+  const std::lock_guard lock(mutex);
+  const auto keep = [&](PageNumber page) {
+    if (const auto range = PageRange::make(page, 1)) pages.add(*range);
+  };
+  for (const PageNumber page : outputs)
+    keep(page);
+  if (hypercall_page) keep(*hypercall_page);
+  return pages;
+}
+
 HvStatus ExtendedHypercalls::State::answer_boot_zeroed(GuestAddress output) {
   // Before the work, and before the output page is held back from others' answers.
   if (!memory.snapshot()->check_write(output, hv_boot_zeroed_output_bytes)) return HvStatus::invalid_parameter;
   const OutputPage kept(mutex, outputs, output.page());
-  SurveyOptions survey_options = options.survey;
+  BootZeroedAnswer answer{.output = output, .ranges = {}, .survey = {}};
   {
-    const std::lock_guard lock(mutex);
-    for (const PageNumber page : outputs)
-      survey_options.leave_out.add(*PageRange::make(page, 1));
+    const std::lock_guard one_at_a_time(survey_mutex);
+    SurveyOptions survey_options = options.survey;
+    survey_options.leave_out.add(pages_to_keep());
+    answer.survey = memory.survey(survey_options);
+    answer.ranges = answer.survey.zeroed.largest(hv_boot_zeroed_max_ranges);
+    if (!memory.write(output, encode_boot_zeroed(answer.ranges))) return HvStatus::invalid_parameter;
   }
-  BootZeroedAnswer answer{.output = output, .ranges = {}, .survey = memory.survey(survey_options)};
-  answer.ranges = answer.survey.zeroed.largest(hv_boot_zeroed_max_ranges);
-  if (!memory.write(output, encode_boot_zeroed(answer.ranges))) return HvStatus::invalid_parameter;
   if (options.on_boot_zeroed) options.on_boot_zeroed(answer);
   return HvStatus::success;
 }
@@ -117,16 +140,20 @@ HypercallResult ExtendedHypercalls::handle(std::uint64_t control_value, GuestAdd
   const HvOptions& offered = state_->options;
   const bool is_extended = code >= hv_ext_call_first && code <= hv_ext_call_last;
   if (is_extended && !offered.extended_hypercalls) return hv_result(HvStatus::access_denied);
-  if (control.has_reserved_bits()) return hv_result(HvStatus::invalid_hypercall_input);
+  if (control.has_reserved_bits() || control.is_nested()) return hv_result(HvStatus::invalid_hypercall_input);
+  if (is_extended && control.is_fast()) return hv_result(HvStatus::invalid_parameter);
   if (!is_query && !(is_boot_zeroed && offered.boot_zeroed_memory)) return hv_result(HvStatus::invalid_hypercall_code);
-  if (control.is_fast()) return hv_result(HvStatus::invalid_parameter);
-  if (control.rep_count() != 0 || control.rep_start() != 0 || control.variable_header_size() != 0 ||
-      control.is_nested())
+  if (control.rep_count() != 0 || control.rep_start() != 0 || control.variable_header_size() != 0)
     return hv_result(HvStatus::invalid_hypercall_input);
 
   const std::uint64_t bytes = is_query ? hv_query_capabilities_output_bytes : hv_boot_zeroed_output_bytes;
   if (const HvStatus status = check_output(output, bytes); status != HvStatus::success) return hv_result(status);
-  return hv_result(is_query ? state_->answer_capabilities(output) : state_->answer_boot_zeroed(output));
+  try {
+    return hv_result(is_query ? state_->answer_capabilities(output) : state_->answer_boot_zeroed(output));
+  } catch (const std::bad_alloc&) {
+    // How much a survey needs depends on how the guest scattered its writes.
+    return hv_result(HvStatus::insufficient_memory);
+  }
 }
 
 } // namespace cppvmm

@@ -3,6 +3,7 @@ module;
 #include <expected>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <vector>
 export module cppvmm.hv_ext:extended_hypercalls;
 import :error;
@@ -34,7 +35,8 @@ export struct HvOptions {
   bool boot_zeroed_memory = true;
   /// How memory is surveyed; leave_out names pages that must never be reported, beyond the call's own output page.
   SurveyOptions survey{};
-  /// Called on the calling vCPU's thread, after the answer was written and before `handle` returns. Must not throw.
+  /// Called on the calling vCPU's thread, after the answer was written and before `handle` returns; for several vCPUs
+  /// at the same time. Must not throw.
   std::function<void(const BootZeroedAnswer&)> on_boot_zeroed{};
 };
 
@@ -46,11 +48,13 @@ export struct HypercallCounts {
 };
 
 /// Answers Hyper-V's extended hypercalls. Needs nothing of KVM: any VMM can call `handle` from its own exit loop.
-/// Safe to use from any thread, all vCPUs at once included.
+/// Safe to use from any thread, all vCPUs at once included; surveys are made one at a time, so that their memory does
+/// not grow with the number of vCPUs. One that was moved from may only be assigned to or destroyed.
 export class ExtendedHypercalls {
 public:
   /// `memory` must outlive this object. invalid_options when boot_zeroed_memory is on without extended_hypercalls.
   [[nodiscard]] static HvResult<ExtendedHypercalls> create(const GuestMemory& memory, HvOptions options = {});
+  static HvResult<ExtendedHypercalls> create(const GuestMemory&& memory, HvOptions options = {}) = delete;
   ~ExtendedHypercalls();
   ExtendedHypercalls(ExtendedHypercalls&&) noexcept;
   ExtendedHypercalls& operator=(ExtendedHypercalls&&) noexcept;
@@ -61,15 +65,20 @@ public:
   /// whether KVM forwards its calls or the VMM traps them:
   /// - CPL other than 0: UndefinedOpcode;
   /// - an extended call while extended_hypercalls is off: access_denied;
-  /// - a reserved bit of the control word: invalid_hypercall_input;
+  /// - a reserved bit of the control word or the nested bit: invalid_hypercall_input;
+  /// - an extended call that is fast: invalid_parameter;
   /// - a call code that is not offered: invalid_hypercall_code;
-  /// - fast: invalid_parameter, for these calls' output is in memory;
-  /// - rep count, rep start, variable header or the nested bit: invalid_hypercall_input, for both are simple calls;
+  /// - rep count, rep start or variable header: invalid_hypercall_input, for both are simple calls;
   /// - output GPA misaligned, spanning pages or beyond the guest-physical space: invalid_alignment;
-  /// - output GPA without memory that the guest may write: invalid_parameter.
+  /// - output GPA without memory that the guest may write: invalid_parameter;
+  /// - no memory left for the survey: insufficient_memory.
   /// Unless the status is success, nothing is written. Neither call has input: `input` is ignored (TLFS "Alignment
   /// Requirements").
   [[nodiscard]] HypercallResult handle(std::uint64_t control, GuestAddress input, GuestAddress output, unsigned cpl);
+
+  /// Where the hypercall page is now, if anywhere: answers leave it out. (It holds code, which the survey sees; this
+  /// makes it certain.)
+  void set_hypercall_page(std::optional<PageNumber> page);
 
   [[nodiscard]] const HvOptions& options() const;
   [[nodiscard]] const GuestMemory& memory() const;

@@ -20,7 +20,6 @@ namespace cppvmm {
 
 struct Hyperv::State {
   HypercallTransport transport;
-  GuestMemory& memory;
   ExtendedHypercalls hypercalls;
   HypervInterface interface; // transport `user`
   bool enforces_cpuid;       // transport `kernel`
@@ -48,7 +47,7 @@ Hyperv::~Hyperv() = default;
 Hyperv::Hyperv(Hyperv&&) noexcept = default;
 Hyperv& Hyperv::operator=(Hyperv&&) noexcept = default;
 
-HvResult<Hyperv> Hyperv::create(Vm& vm, GuestMemory& memory, HvOptions options,
+HvResult<Hyperv> Hyperv::create(Vm& vm, const GuestMemory& memory, HvOptions options,
                                 std::optional<HypercallTransport> transport) {
   const Capabilities& kvm = vm.capabilities();
   const auto offered = choose_hypercall_transport(kvm);
@@ -66,7 +65,7 @@ HvResult<Hyperv> Hyperv::create(Vm& vm, GuestMemory& memory, HvOptions options,
     if (auto taken = vm.take_hyperv_msrs(); !taken)
       return failed("hypercall transport 'user': take the Hyper-V MSRs", taken.error());
   return Hyperv(std::make_unique<State>(State{.transport = *transport,
-                                              .memory = memory,
+
                                               .hypercalls = std::move(*hypercalls),
                                               .interface = HypervInterface(memory, user_hypercall_code()),
                                               .enforces_cpuid = kvm.hyperv_enforce_cpuid}));
@@ -94,11 +93,12 @@ HvResult<void> Hyperv::prepare(Vcpu& vcpu, std::vector<CpuidEntry> cpuid) const 
 
 HvResult<bool> Hyperv::State::answer(Vcpu& vcpu, const Hypercall& call) {
   if (transport == HypercallTransport::kernel) {
-    // KVM wrote the hypercall page through this process, so that the survey sees it; the mark makes that certain.
-    const auto page = vcpu.msr(hv_msr_hypercall);
-    if (!page) return failed("read KVM's HYPERCALL MSR", page.error());
-    if (const auto pages = PageRange::make(GuestAddress(*page).page(), 1); pages && (*page & 1) != 0)
-      memory.mark_touched(*pages, Toucher::host);
+    const auto value = vcpu.msr(hv_msr_hypercall);
+    if (!value) return failed("read KVM's HYPERCALL MSR", value.error());
+    constexpr std::uint64_t enabled = 1;
+    hypercalls.set_hypercall_page((*value & enabled) != 0 ? std::optional(GuestAddress(*value).page()) : std::nullopt);
+  } else {
+    hypercalls.set_hypercall_page(interface.hypercall_page());
   }
   const HypercallResult result =
       hypercalls.handle(call.control, GuestAddress(call.input), GuestAddress(call.output), call.cpl);

@@ -18,7 +18,7 @@ public:
   /// Sets `vm` up. Without `transport`, the one that choose_hypercall_transport names. `memory` must outlive this
   /// object and hold what the VM's slots map. invalid_options as ExtendedHypercalls::create; unsupported when this KVM
   /// lacks the transport; kvm when it refuses. Transport `user` takes the VM's MSR filter (Vm::take_hyperv_msrs).
-  [[nodiscard]] static HvResult<Hyperv> create(Vm& vm, GuestMemory& memory, HvOptions options = {},
+  [[nodiscard]] static HvResult<Hyperv> create(Vm& vm, const GuestMemory& memory, HvOptions options = {},
                                                std::optional<HypercallTransport> transport = std::nullopt);
   ~Hyperv();
   Hyperv(Hyperv&&) noexcept;

@@ -40,19 +40,19 @@ std::array<HvCpuidLeaf, 7> hv_cpuid_leaves(const HvOptions& options) {
 }
 
 struct HypervInterface::State {
-  GuestMemory& memory;
+  const GuestMemory& memory;
   std::array<std::byte, page_size> page{};
   mutable std::mutex mutex;
   std::uint64_t guest_os_id = 0;
   std::uint64_t hypercall = 0;
 
-  explicit State(GuestMemory& guest_memory) : memory(guest_memory) {}
+  explicit State(const GuestMemory& guest_memory) : memory(guest_memory) {}
 
   /// Writes HYPERCALL; false is #GP.
   [[nodiscard]] bool write_hypercall(std::uint64_t value);
 };
 
-HypervInterface::HypervInterface(GuestMemory& memory, std::span<const std::byte> code)
+HypervInterface::HypervInterface(const GuestMemory& memory, std::span<const std::byte> code)
     : state_(std::make_unique<State>(memory)) {
   constexpr std::byte int3{0xCC};
   state_->page.fill(int3);
@@ -82,9 +82,7 @@ bool HypervInterface::State::write_hypercall(std::uint64_t value) {
   if (guest_os_id == 0) return true;
   if ((value & hypercall_enable) != 0) {
     const GuestAddress address(value & ~(page_size - 1));
-    const auto pages = PageRange::covering(address, page_size);
-    if (!pages || !memory.write(address, page)) return false;
-    memory.mark_touched(*pages, Toucher::host);
+    if (!memory.write(address, page)) return false;
   }
   hypercall = value;
   return true;

@@ -32,12 +32,12 @@ export [[nodiscard]] std::array<HvCpuidLeaf, 7> hv_cpuid_leaves(const HvOptions&
 /// to use from any thread.
 ///
 /// As in KVM, enabling the hypercall page writes its code into guest RAM, where it stays when the page is moved or
-/// disabled. The page is marked as touched, so that it is never reported as zeroed.
+/// disabled. One that was moved from may only be assigned to or destroyed.
 export class HypervInterface {
 public:
   /// `memory` must outlive this object. `code` is what the hypercall page holds from its first byte on (the rest of
   /// the page is filled with int3); at most a page of it is used.
-  HypervInterface(GuestMemory& memory, std::span<const std::byte> code);
+  HypervInterface(const GuestMemory& memory, std::span<const std::byte> code);
   ~HypervInterface();
   HypervInterface(HypervInterface&&) noexcept;
   HypervInterface& operator=(HypervInterface&&) noexcept;

@@ -2,6 +2,7 @@
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <gtest/gtest.h>
 #include <optional>
 #include <span>
@@ -103,6 +104,36 @@ TEST(MemoryMap, RefusesOverlaps) {
   EXPECT_FALSE(MemoryMap::make({first, first}));
 }
 
+// A page known under two numbers could be left out under one and reported under the other.
+TEST(MemoryMap, RefusesRamThatIsThereTwice) {
+  void* host = mmap(nullptr, 2 * mib, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  const auto adopt = [&](std::uint64_t start, std::uint64_t offset, RegionKind kind = RegionKind::ram) {
+    return *Region::adopt(GuestAddress(start), {static_cast<char*>(host) + offset, mib, Backing::anonymous}, kind);
+  };
+  const auto refused = MemoryMap::make({adopt(0, 0), adopt(16 * mib, mib / 2)});
+  ASSERT_FALSE(refused);
+  EXPECT_EQ(refused.error().code, MemoryErrc::overlap);
+  EXPECT_EQ(refused.error().address, 16 * mib);
+  EXPECT_TRUE(MemoryMap::make({adopt(0, 0), adopt(16 * mib, mib)}));
+  // Firmware is often there twice.
+  EXPECT_TRUE(MemoryMap::make({adopt(0, 0, RegionKind::rom), adopt(16 * mib, 0, RegionKind::rom)}));
+
+  const int fd = memfd_create("twice", MFD_CLOEXEC);
+  ASSERT_EQ(ftruncate(fd, 2 * mib), 0);
+  void* once = mmap(nullptr, 2 * mib, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+  void* again = mmap(nullptr, 2 * mib, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+  const Region first = *Region::adopt(GuestAddress(0), {once, mib, Backing::memfd, fd, 0});
+  const Region second = *Region::adopt(GuestAddress(4 * mib), {again, mib, Backing::memfd, fd, 0});
+  const Region other_half =
+      *Region::adopt(GuestAddress(4 * mib), {static_cast<char*>(again) + mib, mib, Backing::memfd, fd, mib});
+  EXPECT_EQ(MemoryMap::make({first, second}).error().code, MemoryErrc::overlap);
+  EXPECT_TRUE(MemoryMap::make({first, other_half}));
+  munmap(host, 2 * mib);
+  munmap(once, 2 * mib);
+  munmap(again, 2 * mib);
+  close(fd);
+}
+
 TEST(MemoryMap, IsChangedByMakingAnother) {
   const MemoryMap one = *MemoryMap::make({*Region::anonymous(GuestAddress(0), mib)});
   const MemoryMap two = *one.with(*Region::anonymous(GuestAddress(mib), mib));
@@ -122,7 +153,7 @@ TEST(Region, RefusesSizesAndAddressesThatCannotBe) {
 }
 
 TEST(Region, SaysWhenTheHostHasTooFewHugePages) {
-  // More than any pool: 512 TiB of huge pages.
+  // More than any pool: 64 TiB of huge pages.
   const auto region = Region::hugetlb(GuestAddress(0), std::uint64_t{1} << 46, HugePageSize::one_gib);
   ASSERT_FALSE(region);
   EXPECT_EQ(region.error().code, MemoryErrc::unavailable);
@@ -199,6 +230,26 @@ TEST(Adopt, RefusesMemoryOfAnotherNature) {
   munmap(anonymous, mib);
   close(fd);
   close(other);
+}
+
+TEST(Adopt, RefusesRamThatCannotBeWritten) {
+  void* host = mmap(nullptr, mib, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  for (const Backing backing : {Backing::anonymous, Backing::unknown}) {
+    EXPECT_EQ(Region::adopt(GuestAddress(0), {host, mib, backing}).error().code, MemoryErrc::wrong_nature);
+    EXPECT_TRUE(Region::adopt(GuestAddress(0), {host, mib, backing}, RegionKind::rom));
+  }
+  munmap(host, mib);
+  EXPECT_FALSE(Region::adopt(GuestAddress(0), {host, mib, Backing::unknown}));
+}
+
+TEST(Adopt, CountsWhatTheHostHoldsOfAPartOfAMapping) {
+  void* host = mmap(nullptr, 4 * mib, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  madvise(host, 4 * mib, MADV_NOHUGEPAGE);
+  std::memset(host, 1, 2 * mib);
+  const Region region = *Region::adopt(GuestAddress(0), {static_cast<char*>(host) + mib, 2 * mib, Backing::anonymous});
+  EXPECT_EQ(*region.resident_bytes(), mib);
+  EXPECT_EQ(region.huge_page_bytes().error().code, MemoryErrc::unavailable);
+  munmap(host, 4 * mib);
 }
 
 TEST(GuestMemory, ReplacesTheMapWholeWhileOthersRead) {

@@ -59,8 +59,7 @@ protected:
     if (IsSkipped() || HasFatalFailure()) return;
     if (GetParam() == HypercallTransport::kernel && !kvm->capabilities().forwards_extended_hypercalls)
       GTEST_SKIP() << "this KVM does not forward extended hypercalls (Linux 6.3 with CONFIG_KVM_HYPERV)";
-    auto region =
-        Region::adopt(GuestAddress(0), {memory.data(), memory.size(), Backing::anonymous, -1, 0});
+    auto region = Region::adopt(GuestAddress(0), {memory.data(), memory.size(), Backing::anonymous, -1, 0});
     ASSERT_TRUE(region) << region.error().message();
     guest_memory.replace(*MemoryMap::make({*region}));
   }
@@ -155,12 +154,15 @@ TEST_P(HypervOver, RefusesBadCallsAlike) {
       {0x8002, 0x4000'0000},    // no memory
       {0x8002, 1ULL << 62},     // beyond the guest-physical space
       {0x8003, 0},              // not offered
+      {0x8003 | 1ULL << 16, 0}, // not offered, fast
+      {0x8003 | 1ULL << 31, 0}, // not offered, nested
+      {0x8002 | 1ULL << 16 | 1ULL << 31, 0},
   };
   Code code = introduction();
   for (const auto& [control, output] : calls)
     hypercall(code, control, output);
   start(code.hlt());
-  EXPECT_EQ(run_to_end(), (std::vector<std::uint64_t>{5, 3, 3, 3, 4, 5, 4, 2}));
+  EXPECT_EQ(run_to_end(), (std::vector<std::uint64_t>{5, 3, 3, 3, 4, 5, 4, 2, 5, 3, 3}));
 }
 
 TEST_P(HypervOver, DeniesWhatIsOff) {

@@ -1,0 +1,254 @@
+#include <cerrno>
+#include <cstddef>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <fcntl.h>
+#include <fstream>
+#include <gtest/gtest.h>
+#include <initializer_list>
+#include <linux/userfaultfd.h>
+#include <string>
+#include <sys/file.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <sys/wait.h>
+#include <unistd.h>
+#include <vector>
+import cppvmm.guest_memory;
+
+// The kinds of memory whose evidence is of their own: huge pages, files, shared anonymous memory, userfaultfd.
+
+using namespace cppvmm;
+
+namespace {
+
+constexpr std::uint64_t mib = 1 << 20;
+constexpr std::uint64_t huge = 2 * mib;
+
+PageRange pages(std::uint64_t first, std::uint64_t count) { return *PageRange::make(PageNumber(first), count); }
+
+void store(const Region& region, std::uint64_t offset, char value = 1) {
+  static_cast<volatile char*>(region.host_address())[offset] = value;
+}
+
+constexpr EvidenceSource sources[] = {EvidenceSource::automatic, EvidenceSource::legacy};
+
+/// Sees to it that the host's pool has free huge pages, and gives them back. One test at a time, in all processes.
+class HugePages : public testing::Test {
+protected:
+  static constexpr const char* pool = "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages";
+  static constexpr const char* free_pages = "/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages";
+  static constexpr long wanted = 16;
+
+  void SetUp() override {
+    lock = open("/proc/self/exe", O_RDONLY | O_CLOEXEC);
+    ASSERT_EQ(flock(lock, LOCK_EX), 0);
+    before = number(pool);
+    std::ofstream(pool) << before + wanted;
+    if (number(free_pages) < wanted) GTEST_SKIP() << "the host's pool of huge pages cannot be made larger (needs root)";
+  }
+  void TearDown() override {
+    if (before >= 0) std::ofstream(pool) << before;
+    close(lock);
+  }
+
+  static long number(const char* path) {
+    long value = -1;
+    std::ifstream(path) >> value;
+    return value;
+  }
+
+  int lock = -1;
+  long before = -1;
+};
+
+TEST_F(HugePages, OfPrivateMemoryAreToldApart) {
+  const Region region = *Region::hugetlb(GuestAddress(0), 8 * huge, HugePageSize::two_mib);
+  const GuestMemory memory(*MemoryMap::make({region}));
+  for (const auto source : sources)
+    EXPECT_EQ(memory.survey({.leave_out = {}, .source = source}).zeroed.page_count(), 8 * 512U);
+  store(region, 3 * huge + 5);
+  ASSERT_TRUE(memory.write_value(GuestAddress(7 * huge), std::uint8_t{0}));
+  PageSet touched(pages(3 * 512, 512));
+  touched.add(pages(7 * 512, 512));
+  for (const auto source : sources) {
+    const Survey survey = memory.survey({.leave_out = {}, .source = source});
+    EXPECT_EQ(survey.touched, touched);
+    EXPECT_EQ(*region.resident_bytes(), 2 * huge);
+  }
+}
+
+TEST_F(HugePages, OfAFileCountOnlyIfAllAreMappedHere) {
+  const Region region = *Region::hugetlb_memfd(GuestAddress(0), 8 * huge, HugePageSize::two_mib);
+  const GuestMemory memory(*MemoryMap::make({region}));
+  store(region, 3 * huge + 5);
+  for (const auto source : sources) {
+    const Survey survey = memory.survey({.leave_out = {}, .source = source});
+    EXPECT_EQ(survey.touched, PageSet(pages(3 * 512, 512)));
+    EXPECT_EQ(survey.regions[0].evidence, Evidence::mapped_blocks);
+  }
+  // Another process writes: which page, nobody tells.
+  const pid_t child = fork();
+  if (child == 0) {
+    void* view = mmap(nullptr, 8 * huge, PROT_READ | PROT_WRITE, MAP_SHARED, region.file_descriptor(), 0);
+    if (view == MAP_FAILED) _exit(1);
+    static_cast<volatile char*>(view)[5 * huge] = 1;
+    _exit(0);
+  }
+  int status = 0;
+  ASSERT_EQ(waitpid(child, &status, 0), child);
+  ASSERT_TRUE(WIFEXITED(status) && WEXITSTATUS(status) == 0);
+  for (const auto source : sources) {
+    const Survey survey = memory.survey({.leave_out = {}, .source = source});
+    EXPECT_TRUE(survey.zeroed.empty());
+    EXPECT_EQ(survey.regions[0].unaccounted_pages, 512U);
+  }
+  // Once the page is mapped here too, all is known again.
+  EXPECT_EQ(*memory.read_value<std::uint8_t>(GuestAddress(5 * huge)), 1U);
+  EXPECT_EQ(memory.survey().zeroed.page_count(), 6 * 512U);
+}
+
+TEST_F(HugePages, AreAdoptedAsWhatTheyAre) {
+  void* host = mmap(nullptr, 2 * huge, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_HUGETLB, -1, 0);
+  ASSERT_NE(host, MAP_FAILED);
+  EXPECT_EQ(Region::adopt(GuestAddress(0), {host, 2 * huge, Backing::anonymous}).error().code,
+            MemoryErrc::wrong_nature);
+  const auto region = Region::adopt(GuestAddress(0), {host, 2 * huge, Backing::hugetlb});
+  ASSERT_TRUE(region) << region.error().message();
+  const GuestMemory memory(*MemoryMap::make({*region}));
+  store(*region, huge);
+  EXPECT_EQ(memory.survey().zeroed, PageSet(pages(0, 512)));
+  munmap(host, 2 * huge);
+}
+
+/// A sparse file on a disk (or on whatever this machine has its build folder on): data in page 5, holes elsewhere.
+class SnapshotFile : public testing::Test {
+protected:
+  void SetUp() override {
+    std::string name = "snapshot-XXXXXX";
+    fd = mkstemp(name.data());
+    ASSERT_GE(fd, 0);
+    unlink(name.c_str());
+    ASSERT_EQ(ftruncate(fd, 4 * mib), 0);
+    ASSERT_EQ(pwrite(fd, "snapshot", 8, 5 * page_size), 8);
+    ASSERT_EQ(fsync(fd), 0);
+    const off_t hole = lseek(fd, 0, SEEK_HOLE);
+    const off_t data = lseek(fd, 0, SEEK_DATA);
+    if (hole != 0 || data <= 0) GTEST_SKIP() << "this file system does not tell holes";
+    data_first = static_cast<std::uint64_t>(data) / page_size;
+    data_end = static_cast<std::uint64_t>(lseek(fd, data, SEEK_HOLE)) / page_size;
+  }
+  void TearDown() override { close(fd); }
+
+  int fd = -1;
+  std::uint64_t data_first = 0; // the file system's blocks may be larger than a page
+  std::uint64_t data_end = 0;
+};
+
+TEST_F(SnapshotFile, MappedPrivatelyHasDataAndCopies) {
+  const auto region = Region::private_file(GuestAddress(0), 4 * mib, fd, 0);
+  ASSERT_TRUE(region) << region.error().message();
+  const GuestMemory memory(*MemoryMap::make({*region}));
+  PageSet touched(pages(data_first, data_end - data_first));
+  for (const auto source : sources) {
+    const Survey survey = memory.survey({.leave_out = {}, .source = source});
+    if (survey.regions[0].error && survey.regions[0].error->code == MemoryErrc::wrong_nature)
+      GTEST_SKIP() << "fstat and /proc/self/smaps name this file differently (overlayfs, btrfs)";
+    EXPECT_EQ(survey.touched, touched) << survey.regions[0].error.value_or(MemoryError{}).message();
+  }
+  // Reading brings pages of the file in, holes too: they are still no data.
+  for (std::uint64_t page = 0; page < 1024; ++page)
+    static_cast<void>(static_cast<volatile char*>(region->host_address())[page * page_size]);
+  EXPECT_EQ(*memory.read_value<char>(GuestAddress(5 * page_size)), 's');
+  store(*region, 100 * page_size);
+  store(*region, 200 * page_size, 0);
+  touched.add(pages(100, 1));
+  touched.add(pages(200, 1));
+  for (const auto source : sources)
+    EXPECT_EQ(memory.survey({.leave_out = {}, .source = source}).touched, touched);
+}
+
+TEST_F(SnapshotFile, MappedSharedHasWhatAnyoneWrote) {
+  void* host = mmap(nullptr, 4 * mib, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+  ASSERT_NE(host, MAP_FAILED);
+  const auto region = Region::adopt(GuestAddress(0), {host, 4 * mib, Backing::shared_file, fd, 0});
+  if (!region && region.error().code == MemoryErrc::wrong_nature)
+    GTEST_SKIP() << "not a disk's file system, or one that fstat and /proc/self/smaps name differently";
+  ASSERT_TRUE(region) << region.error().message();
+  const GuestMemory memory(*MemoryMap::make({*region}));
+  store(*region, 300 * page_size);
+  ASSERT_EQ(pwrite(fd, "x", 1, 400 * page_size), 1);
+  const Survey survey = memory.survey();
+  for (const std::uint64_t page : {data_first, std::uint64_t{300}, std::uint64_t{400}})
+    EXPECT_FALSE(survey.zeroed.contains(PageNumber(page)));
+  if (survey.regions[0].evidence == Evidence::page_cache) EXPECT_GT(survey.zeroed.page_count(), 900U);
+  // Without cachestat nothing confirms a hole of a file that others may write.
+  EXPECT_TRUE(memory.survey({.leave_out = {}, .source = EvidenceSource::legacy}).zeroed.empty());
+  munmap(host, 4 * mib);
+}
+
+TEST_F(SnapshotFile, IsRefusedWhenItIsTooShort) {
+  EXPECT_EQ(Region::private_file(GuestAddress(0), 8 * mib, fd, 0).error().code, MemoryErrc::invalid_argument);
+  EXPECT_EQ(Region::private_file(GuestAddress(0), 4 * mib, fd, page_size).error().code, MemoryErrc::invalid_argument);
+  EXPECT_EQ(Region::private_file(GuestAddress(0), mib, fd, UINT64_MAX & ~std::uint64_t{0xFFF}).error().code,
+            MemoryErrc::invalid_argument);
+  EXPECT_EQ(Region::private_file(GuestAddress(0), mib, fd, 5).error().code, MemoryErrc::invalid_argument);
+}
+
+TEST(SharedAnonymous, IsSurveyedThroughItsHiddenFile) {
+  void* host = mmap(nullptr, 4 * mib, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+  madvise(host, 4 * mib, MADV_NOHUGEPAGE);
+  EXPECT_FALSE(Region::adopt(GuestAddress(0), {host, 4 * mib, Backing::anonymous}));
+  // Not from the start of the mapping.
+  auto* const inside = static_cast<char*>(host) + mib;
+  const auto region = Region::adopt(GuestAddress(0), {inside, 2 * mib, Backing::shared_anonymous});
+  ASSERT_TRUE(region) << region.error().message();
+  const GuestMemory memory(*MemoryMap::make({*region}));
+  const pid_t child = fork();
+  if (child == 0) {
+    store(*region, 7 * page_size);
+    _exit(0);
+  }
+  int status = 0;
+  ASSERT_EQ(waitpid(child, &status, 0), child);
+  store(*region, 9 * page_size);
+  static_cast<volatile char*>(host)[0] = 1;
+  PageSet touched(pages(7, 1));
+  touched.add(pages(9, 1));
+  for (const auto source : sources) {
+    const Survey survey = memory.survey({.leave_out = {}, .source = source});
+    if (survey.regions[0].error) {
+      // Only a privileged process may look there.
+      EXPECT_TRUE(survey.zeroed.empty());
+      EXPECT_EQ(survey.regions[0].error->os_error, EPERM);
+    } else if (survey.regions[0].evidence == Evidence::none) {
+      EXPECT_TRUE(survey.zeroed.empty()); // legacy: what lies outside the region cannot be told from what is missing
+    } else {
+      EXPECT_EQ(survey.touched, touched);
+    }
+  }
+  munmap(host, 4 * mib);
+}
+
+TEST(Userfaultfd, MemoryThatAHandlerFillsIsNeverReported) {
+  const int uffd = static_cast<int>(syscall(SYS_userfaultfd, O_CLOEXEC | UFFD_USER_MODE_ONLY));
+  if (uffd < 0) GTEST_SKIP() << "no userfaultfd: errno " << errno;
+  uffdio_api api{.api = UFFD_API, .features = 0, .ioctls = 0};
+  ASSERT_EQ(ioctl(uffd, UFFDIO_API, &api), 0);
+  for (const auto& region : {*Region::anonymous(GuestAddress(0), mib), *Region::memfd(GuestAddress(0), mib)}) {
+    const GuestMemory memory(*MemoryMap::make({region}));
+    EXPECT_EQ(memory.survey().zeroed.page_count(), 256U);
+    uffdio_register request{};
+    request.range = {.start = reinterpret_cast<std::uintptr_t>(region.host_address()) + mib / 2, .len = page_size};
+    request.mode = UFFDIO_REGISTER_MODE_MISSING;
+    ASSERT_EQ(ioctl(uffd, UFFDIO_REGISTER, &request), 0);
+    EXPECT_TRUE(memory.survey().zeroed.empty());
+    ASSERT_EQ(ioctl(uffd, UFFDIO_UNREGISTER, &request.range), 0);
+    EXPECT_EQ(memory.survey().zeroed.page_count(), 256U);
+  }
+  close(uffd);
+}
+
+} // namespace
