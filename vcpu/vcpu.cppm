@@ -109,9 +109,9 @@ public:
   /// Answers Hypercall with #UD, RIP at the trapping instruction and every register as it was at the call.
   [[nodiscard]] KvmResult<void> refuse_hypercall();
 
-  /// From now on, an OUT of one byte to `port` is a Hypercall (transport `user`); string instructions and other sizes
-  /// stay IoOut. invalid_argument for unusable_hypercall_port. The VMM puts user_hypercall_code(port) into the
-  /// hypercall page.
+  /// From now on, a write of one byte to `port` is a Hypercall (transport `user`); wider ones stay IoOut. KVM does not
+  /// tell a step of OUTSB from an OUT: that is the guest's own doing, and a call with the registers that it has.
+  /// invalid_argument for unusable_hypercall_port. The VMM puts user_hypercall_code(port) into the hypercall page.
   [[nodiscard]] KvmResult<void> use_user_hypercalls(std::uint8_t port = user_hypercall_port);
   /// KVM_CAP_HYPERV_ENFORCE_CPUID: KVM refuses what the guest's Hyper-V CPUID leaves do not grant, extended hypercalls
   /// included (transport `kernel`). unsupported where KVM lacks it.
