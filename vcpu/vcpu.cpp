@@ -115,7 +115,6 @@ struct Vcpu::Impl {
   KvmResult<kvm_regs> get_registers() const;
   KvmResult<kvm_sregs> get_special_registers() const;
   KvmResult<void> put_registers(const kvm_regs& registers);
-  KvmResult<void> flush_registers();
   KvmResult<void> inject(std::uint8_t vector, std::optional<std::uint32_t> error_code);
   KvmResult<void> finish_pending();
 
@@ -224,12 +223,6 @@ KvmResult<void> Vcpu::Impl::put_registers(const kvm_regs& registers) {
   return {};
 }
 
-// What an answer changed in the page goes to KVM now, not with the next KVM_RUN.
-KvmResult<void> Vcpu::Impl::flush_registers() {
-  if ((run().kvm_dirty_regs & KVM_SYNC_X86_REGS) == 0) return {};
-  return put_registers(run().s.regs.regs);
-}
-
 KvmResult<Registers> Vcpu::registers() const {
   if (!impl_) return moved_from("Vcpu::registers");
   const auto got = impl_->get_registers();
@@ -320,7 +313,6 @@ KvmResult<void> Vcpu::set_mp_state(MpState state) {
 // --- exceptions and interrupts ---
 
 KvmResult<void> Vcpu::Impl::inject(std::uint8_t vector, std::optional<std::uint32_t> error_code) {
-  if (const auto flushed = flush_registers(); !flushed) return flushed; // KVM_SET_REGS would drop the exception
   kvm_vcpu_events events{};
   if (const auto got = kvm_set(fd(), KVM_GET_VCPU_EVENTS, &events, "KVM_GET_VCPU_EVENTS"); !got) return got;
   if (events.exception.injected != 0 || events.exception.pending != 0)

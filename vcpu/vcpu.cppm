@@ -55,7 +55,7 @@ public:
   [[nodiscard]] KvmResult<std::vector<CpuidEntry>> supported_hv_cpuid() const;
 
   [[nodiscard]] KvmResult<Registers> registers() const;
-  /// Also drops an exception that waits to be delivered, as KVM_SET_REGS does: inject_exception comes after.
+  /// An exception that inject_exception has queued stays, and is delivered at the new RIP.
   [[nodiscard]] KvmResult<void> set_registers(const Registers& registers);
   [[nodiscard]] KvmResult<SpecialRegisters> special_registers() const;
   [[nodiscard]] KvmResult<void> set_special_registers(const SpecialRegisters& registers);

@@ -251,6 +251,19 @@ TEST_P(UserHypercallTest, AnUnansweredCallIsNotRunOver) {
   EXPECT_EQ(vcpu.registers()->rax, 3U);
 }
 
+TEST_P(UserHypercallTest, AnExceptionInjectedAfterTheAnswerIsTakenAfterTheCall) {
+  Vcpu vcpu = make();
+  ASSERT_KVM_OK(start_long_mode(vcpu));
+  ASSERT_RUN(Hypercall, call, vcpu);
+  ASSERT_KVM_OK(vcpu.complete_hypercall(0x77));
+  ASSERT_KVM_OK(vcpu.inject_exception(ExceptionVector::general_protection, 0));
+  EXPECT_EQ(vcpu.registers()->rax, 0x77U);
+  ASSERT_RUN(IoOut, out, vcpu);
+  EXPECT_EQ(out.port, exception_port(ExceptionVector::general_protection));
+  EXPECT_EQ(vcpu.registers()->rax, 0x77U);
+  EXPECT_EQ(memory.read<std::uint64_t>(vcpu.registers()->rsp + 8), page + 2) << "behind the trapping instruction";
+}
+
 TEST_P(UserHypercallTest, OtherWritesToThePortStayPortWrites) {
   Vcpu vcpu = make();
   // out port, ax; out port, eax; in al, port

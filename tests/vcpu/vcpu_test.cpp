@@ -270,6 +270,20 @@ TEST_P(VcpuRunTest, InjectedExceptionsAreDelivered) {
   EXPECT_EQ(memory.read<std::uint64_t>(frame + 8), layout::code);
 }
 
+TEST_P(VcpuRunTest, AnInjectedExceptionSurvivesThatRegistersAreSet) {
+  Vcpu vcpu = make();
+  load(Code{0x90}.hlt());
+  load(Code{0x90}.hlt(), layout::free);
+  ASSERT_KVM_OK(start_long_mode(vcpu));
+  ASSERT_KVM_OK(vcpu.inject_exception(ExceptionVector::invalid_opcode));
+  auto registers = vcpu.registers().value();
+  registers.rip = layout::free;
+  ASSERT_KVM_OK(vcpu.set_registers(registers));
+  ASSERT_RUN(IoOut, out, vcpu);
+  EXPECT_EQ(out.port, exception_port(ExceptionVector::invalid_opcode));
+  EXPECT_EQ(memory.read<ExceptionFrame>(vcpu.registers()->rsp).rip, layout::free);
+}
+
 TEST_P(VcpuRunTest, InterruptsAreInjectedWhenTheWindowOpens) {
   Vcpu vcpu = make();
   load(Code{0xFB, 0x90}.spin()); // sti; nop
