@@ -84,6 +84,8 @@ Result<void> read_process(pid_t pid, const void* host, std::span<std::byte> into
     const iovec remote{const_cast<std::byte*>(static_cast<const std::byte*>(host)) + done, into.size() - done};
     const ssize_t count = process_vm_readv(pid, &local, 1, &remote, 1, 0);
     if (count < 0 && errno == EINTR) continue;
+    if (count < 0 && errno == EPERM)
+      return failure("process_vm_readv (kernel.yama.ptrace_scope is to be 0 or 1)", EPERM);
     if (count < 0) return failure("process_vm_readv", errno);
     if (count == 0) return failure("process_vm_readv", EFAULT);
     done += static_cast<std::size_t>(count);

@@ -12,7 +12,9 @@ namespace {
 
 constexpr std::uint64_t mebi = std::uint64_t{1} << 20;
 constexpr std::uint64_t minimum_memory = 4 * mebi;
-constexpr std::uint64_t maximum_memory = std::uint64_t{64} << 40;
+// What lies above 4 GiB is one memory slot, and KVM takes fewer than 2^31 pages in one (Linux include/linux/kvm_host.h,
+// KVM_MEM_MAX_NR_PAGES).
+constexpr std::uint64_t maximum_memory = std::uint64_t{8} << 40;
 
 const std::map<std::string, MemoryBacking> backings = {
     {"anonymous", MemoryBacking::anonymous}, {"memfd", MemoryBacking::memfd}, {"hugetlb", MemoryBacking::hugetlb}};
@@ -46,7 +48,7 @@ std::string check_memory(const std::string& text) {
   if (!bytes) return "\"" + text + "\" is not a size such as 64M or 1G";
   if (*bytes % zeroing::page_bytes != 0) return "must be a multiple of 4 KiB";
   if (*bytes < minimum_memory) return "must be at least 4M";
-  if (*bytes > maximum_memory) return "must be at most 64T";
+  if (*bytes > maximum_memory) return "must be at most 8T";
   return {};
 }
 

@@ -54,7 +54,7 @@ TEST(BootOptions, AMistakeIsOneLineAndStatus2) {
       {"--memory", "lots"},
       {"--memory", "1M"},
       {"--memory", "5000000"},
-      {"--memory", "100T"},
+      {"--memory", "9T"},
       {"--cpus", "0"},
       {"--cpus", "257"},
       {"--cpus", "two"},
