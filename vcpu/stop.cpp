@@ -5,9 +5,8 @@ module;
 #include <cstdint>
 #include <expected>
 #include <mutex>
+#include <pthread.h>
 #include <sched.h>
-#include <sys/syscall.h>
-#include <unistd.h>
 module cppvmm.vcpu:stop.impl;
 import :error;
 import :ioctl;
@@ -96,8 +95,8 @@ void StopState::request() {
   set_immediate_exit(1);
   // A real-time signal is refused (EAGAIN) while the user's queue of pending signals is full. Then again, until it goes
   // out, or the vCPU has come out of KVM_RUN by itself.
-  while (requested_ && thread_ != 0 && !signalled_) {
-    if (syscall(SYS_tgkill, getpid(), thread_, signal) == 0 || errno != EAGAIN) {
+  while (requested_ && inside_ && !signalled_) {
+    if (pthread_kill(thread_, signal) != EAGAIN) {
       signalled_ = true;
       break;
     }
@@ -120,15 +119,16 @@ bool StopState::acknowledge() {
   return true;
 }
 
-void StopState::enter(pid_t thread) {
+void StopState::enter() {
   const std::lock_guard lock(mutex_);
-  thread_ = thread;
+  thread_ = pthread_self();
+  inside_ = true;
   signalled_ = false;
 }
 
 bool StopState::leave(bool interrupted) {
   const std::lock_guard lock(mutex_);
-  thread_ = 0;
+  inside_ = false;
   if (!interrupted || !requested_) return false;
   requested_ = false;
   set_immediate_exit(0);

@@ -1,8 +1,7 @@
 module;
-#include <atomic>
 #include <cstdint>
 #include <mutex>
-#include <sys/types.h>
+#include <pthread.h>
 module cppvmm.vcpu:stop_state;
 import :error;
 import :stop;
@@ -23,7 +22,7 @@ public:
   bool acknowledge();
 
   // Around KVM_RUN, on the thread that calls it. leave() acknowledges when KVM_RUN was interrupted, and says so.
-  void enter(pid_t thread);
+  void enter();
   bool leave(bool interrupted);
 
   // For a KVM_RUN that is only to finish what the last exit left open. The caller makes it between the two, and does
@@ -41,7 +40,8 @@ private:
   std::uint8_t* immediate_exit_;
   bool requested_ = false;
   bool signalled_ = false; // since the thread entered: once is enough
-  pid_t thread_ = 0;       // inside KVM_RUN, or about to be
+  bool inside_ = false;    // thread_ is inside KVM_RUN, or about to be
+  pthread_t thread_{};
 };
 
 // Installs the stop signal's handler, once; and lets the calling thread take the signal, once a thread.

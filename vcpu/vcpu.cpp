@@ -12,7 +12,6 @@ module;
 #include <span>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
-#include <unistd.h>
 #include <utility>
 #include <vector>
 module cppvmm.vcpu:vcpu.impl;
@@ -369,7 +368,7 @@ KvmResult<Exit> Vcpu::run() {
   kvm_run& run = impl.run();
   run.kvm_valid_regs = impl.sync;
   run.exit_reason = KVM_EXIT_UNKNOWN; // older kernels leave it as it was when KVM_RUN fails
-  impl.stop->enter(gettid());
+  impl.stop->enter();
   const int result = ioctl(impl.fd(), KVM_RUN, 0);
   const int error = result < 0 ? errno : 0;
   // EAGAIN: a processor that waits for its start-up was kicked, and may go on.
@@ -631,7 +630,10 @@ KvmResult<void> Vcpu::refuse_hypercall() {
   if (const auto finished = impl.finish_pending(); !finished) return finished;
   const auto after = impl.get_registers();
   if (!after) return std::unexpected(after.error());
-  if (after->rip == registers.rip) registers.rip -= out_imm8_length;
+  if (after->rip == registers.rip) {
+    registers.rip -= out_imm8_length;
+    if (!impl.hypercall_long_mode) registers.rip &= 0xFFFF'FFFF;
+  }
   registers.rflags |= rflags_rf; // as every fault pushes it (Intel SDM vol. 3, 18.3.1.1)
   if (const auto put = impl.put_registers(registers); !put) return put;
   impl.waits = Waits::nothing;

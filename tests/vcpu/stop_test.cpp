@@ -223,7 +223,7 @@ TEST_F(StopTest, ARequestIsNotLostWhileTheSignalQueueIsFull) {
     vcpu.stop_handle().request_stop();
   });
   requesting.wait(false);
-  for (int i = 0; i < 1000; ++i)
+  for (int i = 0; i < 100; ++i)
     sched_yield();
   EXPECT_EQ(setrlimit(RLIMIT_SIGPENDING, &before), 0);
   requester.join();
@@ -345,20 +345,22 @@ TEST_F(StopTest, NoThreadIsSignalledButOneThatRunsTheVcpu) {
   const StopHandle handle = vcpu.stop_handle();
   std::atomic<bool> done = false;
   std::thread requester([&] {
-    while (!done.load())
+    while (!done.load()) {
       handle.request_stop();
+      std::this_thread::sleep_for(std::chrono::microseconds(10)); // the lock is to be had by others too
+    }
   });
   unsigned stopped = 0;
-  constexpr unsigned threads = 100;
+  constexpr unsigned threads = 300;
   for (unsigned i = 0; i < threads; ++i)
     std::thread([&] {
       runs_a_vcpu = true;
       const auto exit = run_on(vcpu);
       if (exit && std::holds_alternative<Interrupted>(*exit)) ++stopped;
-      sched_yield(); // the signals that were sent before run() ended have been taken when this returns
+      syscall(SYS_getppid); // the signals that were sent before run() ended have been taken when this returns
       runs_a_vcpu = false;
-      for (int k = 0; k < 50; ++k)
-        sched_yield();
+      for (int k = 0; k < 1000; ++k)
+        syscall(SYS_getppid);
     }).join();
   done = true;
   requester.join();
