@@ -12,6 +12,7 @@
 #include <sys/syscall.h>
 #include <sys/uio.h>
 #include <sys/wait.h>
+#include <system_error>
 #include <unistd.h>
 #include <utility>
 #include <vector>
@@ -26,7 +27,7 @@ template <class T>
 using Result = std::expected<T, std::string>;
 
 std::unexpected<std::string> failure(const char* what, int error) {
-  return std::unexpected(std::string("audit: ") + what + ": " + std::strerror(error));
+  return std::unexpected(std::string("audit: ") + what + ": " + std::generic_category().message(error));
 }
 
 /// A child with a copy-on-write snapshot of this process's memory, which does nothing but wait to be killed.
@@ -176,6 +177,8 @@ std::expected<AuditFigures, std::string> audit(std::span<const AuditedRegion> re
     snapshot.emplace(std::move(*taken));
   }
 
+  const pid_t copy = snapshot ? snapshot->pid() : -1;
+
   AuditFigures figures;
   const auto buffer = std::make_unique<std::byte[]>(chunk_pages * page_bytes);
   for (const auto& region : regions) {
@@ -188,7 +191,7 @@ std::expected<AuditFigures, std::string> audit(std::span<const AuditedRegion> re
       Result<void> read;
       switch (region.memory) {
       case Memory::private_anonymous:
-        read = read_process(snapshot->pid(), host, bytes);
+        read = read_process(copy, host, bytes);
         break;
       case Memory::shared_file:
         read = read_file(region.fd, region.fd_offset + at * page_bytes, bytes);

@@ -22,6 +22,7 @@
 #include <ratio>
 #include <stop_token>
 #include <sys/utsname.h>
+#include <system_error>
 #include <thread>
 #include <unistd.h>
 #include <utility>
@@ -234,7 +235,7 @@ std::string describe_exit(const Exit& exit) {
   else if (const auto* event = std::get_if<SystemEvent>(&exit))
     text += " (type " + std::to_string(event->type) + ")";
   else if (const auto* fault = std::get_if<MemoryFault>(&exit))
-    text += " (address " + number(fault->address) + ", " + std::strerror(fault->os_error) + ")";
+    text += " (address " + number(fault->address) + ", " + std::generic_category().message(fault->os_error) + ")";
   return text;
 }
 
@@ -404,6 +405,7 @@ public:
 
     if (signal != 0)
       return std::unexpected(Failure{.status = 128 + signal, .text = "interrupted, no figures were written"});
+    if (!ends) return failure("the vCPU threads did not end");
     return collect(*ends, wall);
   }
 

@@ -3,6 +3,7 @@
 #include "options.hpp"
 #include "report.hpp"
 
+#include <cstdint>
 #include <cstdio>
 #include <exception>
 #include <fstream>
@@ -19,25 +20,25 @@ int complain(const std::string& text, int status = 1) {
 }
 
 int run(const Options& options) {
-  const auto figures = run_zeroing_guest(options);
-  if (!figures) return complain(figures.error().text, figures.error().status);
+  const auto ran = run_zeroing_guest(options);
+  if (!ran) return complain(ran.error().text, ran.error().status);
+  const RunFigures& figures = *ran;
 
-  if (options.json != "-") std::fputs(to_text(*figures).c_str(), stdout);
-  if (options.json == "-") {
-    std::fputs(to_json(*figures).c_str(), stdout);
-  } else if (!options.json.empty()) {
+  std::fputs((options.json == "-" ? to_json(figures) : to_text(figures)).c_str(), stdout);
+  if (std::fflush(stdout) != 0) return complain("cannot write to standard output");
+  if (!options.json.empty() && options.json != "-") {
     std::ofstream file(options.json, std::ios::binary | std::ios::trunc);
-    file << to_json(*figures) << std::flush;
+    file << to_json(figures) << std::flush;
     if (!file) return complain("cannot write " + options.json);
   }
-  if (std::fflush(stdout) != 0) return complain("cannot write to standard output");
 
-  if (figures->answer && figures->answer->audit && figures->answer->audit->unsound_pages != 0)
-    return complain("the audit found " + std::to_string(figures->answer->audit->unsound_pages) +
+  const AuditFigures audit = figures.answer ? figures.answer->audit.value_or(AuditFigures()) : AuditFigures();
+  if (audit.unsound_pages != 0)
+    return complain("the audit found " + std::to_string(audit.unsound_pages) +
                     " reported pages that hold data, the first is page " +
-                    std::to_string(*figures->answer->audit->first_unsound_page));
-  if (figures->nonzero_pages_at_end.value_or(0) != 0)
-    return complain("the audit found " + std::to_string(*figures->nonzero_pages_at_end) +
+                    std::to_string(audit.first_unsound_page.value_or(0)));
+  if (const std::uint64_t nonzero = figures.nonzero_pages_at_end.value_or(0); nonzero != 0)
+    return complain("the audit found " + std::to_string(nonzero) +
                     " pages that hold data after the guest took them for zero");
   return 0;
 }

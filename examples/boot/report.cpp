@@ -48,6 +48,8 @@ Json guest_json(const RunFigures& figures) {
   };
 }
 
+Json number_or_null(const std::optional<std::uint64_t>& number) { return number ? Json(*number) : Json(); }
+
 Json regions_json(const AnswerFigures& answer) {
   Json regions = Json::array();
   for (const auto& region : answer.regions)
@@ -108,14 +110,13 @@ std::string to_json(const RunFigures& figures) {
       {"unsound_pages", audit != nullptr ? Json(audit->unsound_pages) : Json()},
       {"missed_zero_pages", audit != nullptr ? Json(audit->missed_zero_pages) : Json()},
       {"data_pages", audit != nullptr ? Json(audit->data_pages) : Json()},
-      {"transparent_huge_bytes",
-       answer && answer->transparent_huge_bytes ? Json(*answer->transparent_huge_bytes) : Json()},
+      {"transparent_huge_bytes", answer ? number_or_null(answer->transparent_huge_bytes) : Json()},
       {"audit_ms", audit != nullptr ? Json(answer->audit_ms) : Json()},
       {"survey_us", answer ? Json(answer->survey_us) : Json()},
       {"regions", answer ? regions_json(*answer) : Json::array()},
       {"guest_zeroed_pages", figures.guest.zeroed_pages},
       {"guest", guest_json(figures)},
-      {"nonzero_pages_at_end", figures.nonzero_pages_at_end ? Json(*figures.nonzero_pages_at_end) : Json()},
+      {"nonzero_pages_at_end", number_or_null(figures.nonzero_pages_at_end)},
       {"host_resident_bytes", figures.host_resident_bytes},
       {"vcpu_ticks", std::move(ticks)},
       {"ticks_per_second", figures.ticks_per_second},

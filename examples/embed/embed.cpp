@@ -5,12 +5,12 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstdio>
-#include <cstdlib>
 #include <fcntl.h>
 #include <linux/kvm.h>
 #include <span>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
+#include <system_error>
 import cppvmm.guest_memory;
 import cppvmm.hv_ext;
 
@@ -26,9 +26,7 @@ asm(".section .rodata\n"
 extern "C" const std::byte guest[], guest_end[];
 
 namespace {
-
-constexpr std::uint64_t tables = 0x1000, code = 0x4000, output = 0x6000, stack_top = 0x8000;
-constexpr std::uint64_t port = 0xE4; // what the hypercall page writes to
+constexpr std::uint64_t tables = 0x1000, code = 0x4000, output = 0x6000, stack_top = 0x8000, port = 0xE4;
 
 // struct kvm_cpuid2, whose flexible array some kernel headers lay out otherwise in C++ than in C, and its ioctls.
 struct Cpuid {
@@ -39,13 +37,12 @@ constexpr unsigned long get_supported_cpuid = _IOC(_IOC_READ | _IOC_WRITE, KVMIO
 constexpr unsigned long set_cpuid2 = _IOC(_IOC_WRITE, KVMIO, 0x90, 8);
 
 int check(int result, const char* what) {
-  if (result < 0) std::perror(what), std::exit(1);
+  if (result < 0) throw std::system_error(errno, std::generic_category(), what);
   return result;
 }
-
 } // namespace
 
-int main() {
+int main() try {
   const int kvm = check(open("/dev/kvm", O_RDWR | O_CLOEXEC), "cannot open /dev/kvm");
   const int vm = check(ioctl(kvm, KVM_CREATE_VM, 0), "KVM_CREATE_VM");
   const Region ram = Region::anonymous(GuestAddress(0), std::uint64_t{32} << 20).value(); // throws on an error
@@ -116,4 +113,7 @@ int main() {
   check(ioctl(vcpu, KVM_GET_REGS, &regs), "KVM_GET_REGS");
   const auto answer = memory.read_value<std::array<std::uint64_t, 3>>(GuestAddress(output)).value();
   std::printf("status %llu: %lu ranges, first %lu pages from page %lu on\n", regs.rax, answer[0], answer[2], answer[1]);
+} catch (const std::exception& error) {
+  std::fprintf(stderr, "%s\n", error.what());
+  return 1;
 }

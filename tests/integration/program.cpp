@@ -43,7 +43,10 @@ Program::Program(std::string path, std::vector<std::string> arguments, Stderr ki
     err_ = check(posix_openpt(O_RDWR | O_NOCTTY | O_CLOEXEC), "posix_openpt");
     check(grantpt(err_), "grantpt");
     check(unlockpt(err_), "unlockpt");
-    child_err = check(open(ptsname(err_), O_RDWR | O_NOCTTY | O_CLOEXEC), "open pts");
+    char name[64];
+    if (const int error = ptsname_r(err_, name, sizeof name); error != 0)
+      throw std::system_error(error, std::generic_category(), "ptsname_r");
+    child_err = check(open(name, O_RDWR | O_NOCTTY | O_CLOEXEC), "open pts");
   } else {
     err_ = check(memfd_create("stderr", MFD_CLOEXEC), "memfd_create");
     child_err = err_;
