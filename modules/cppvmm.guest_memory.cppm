@@ -3,7 +3,8 @@
 ///     auto ram = cppvmm::Region::memfd(cppvmm::GuestAddress(0), 64 << 20);
 ///     auto map = cppvmm::MemoryMap::make({*ram});
 ///     cppvmm::GuestMemory memory(*map);
-///     if (auto done = memory.write_value(cppvmm::GuestAddress(0x1000), std::uint64_t{42}); !done) report(done.error());
+///     if (auto done = memory.write_value(cppvmm::GuestAddress(0x1000), std::uint64_t{42}); !done)
+///       report(done.error());
 ///     for (const cppvmm::PageRange& zeroed : memory.survey().zeroed.largest(255)) use(zeroed);
 export module cppvmm.guest_memory;
 export import :address;
