@@ -161,7 +161,7 @@ TEST_F(SnapshotFile, MappedPrivatelyHasDataAndCopies) {
     EXPECT_EQ(survey.touched, touched) << survey.regions[0].error.value_or(MemoryError{}).message();
   }
   // Reading brings pages of the file in, holes too: they are still no data (but tmpfs makes them so).
-  struct statfs system {};
+  struct statfs system{};
   ASSERT_EQ(fstatfs(fd, &system), 0);
   for (std::uint64_t page = 0; page < 1024 && system.f_type != TMPFS_MAGIC; ++page)
     static_cast<void>(static_cast<volatile char*>(region->host_address())[page * page_size]);
