@@ -111,7 +111,7 @@ std::string to_json(const RunFigures& figures) {
       {"missed_zero_pages", audit != nullptr ? Json(audit->missed_zero_pages) : Json()},
       {"data_pages", audit != nullptr ? Json(audit->data_pages) : Json()},
       {"transparent_huge_bytes", answer ? number_or_null(answer->transparent_huge_bytes) : Json()},
-      {"audit_ms", audit != nullptr ? Json(answer->audit_ms) : Json()},
+      {"audit_ms", answer && answer->audit ? Json(answer->audit_ms) : Json()},
       {"survey_us", answer ? Json(answer->survey_us) : Json()},
       {"regions", answer ? regions_json(*answer) : Json::array()},
       {"guest_zeroed_pages", figures.guest.zeroed_pages},
