@@ -16,18 +16,15 @@ struct AuditedRegion {
   /// How the region is read so that no page of it becomes resident that was not:
   enum class Memory : std::uint8_t {
     /// In a forked child, through process_vm_readv. The child has a copy-on-write snapshot of this address space and
-    /// only
-    /// waits; a read of an absent page puts the zero page into the child's page tables, and those go with it. Guest
-    /// stores
-    /// during the audit are not seen. The kernel must allow this process to trace its own child
+    /// only waits; a read of an absent page puts the zero page into the child's page tables, and those go with it.
+    /// Guest stores during the audit are not seen. The kernel must allow this process to trace its own child
     /// (/proc/sys/kernel/yama/ptrace_scope 0 or 1, or CAP_SYS_PTRACE), and the mapping must not be MADV_DONTFORK.
     private_anonymous,
     /// With pread on the file: a hole reads as zero and stays a hole.
     shared_file,
     /// A private mapping of hugetlb pages, where even a read in a child would take a huge page from the pool: mincore
-    /// tells
-    /// which pages exist, and only these are read, here. One that never was instantiated has no bytes to hold data in:
-    /// its next reader gets a page that the kernel clears first.
+    /// tells which pages exist, and only these are read, here. One that never was instantiated has no bytes to hold
+    /// data in: its next reader gets a page that the kernel clears first.
     private_hugetlb,
   };
 
