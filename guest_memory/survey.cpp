@@ -4,7 +4,6 @@ module;
 #include <cstddef>
 #include <cstdint>
 #include <span>
-#include <utility>
 #include <vector>
 module cppvmm.guest_memory:survey.impl;
 import :address;
@@ -136,7 +135,7 @@ Survey survey_map(const MemoryMap& map, const SurveyOptions& options) {
       report.error = evidence.error;
       report.cost = Clock::now() - region_begin;
     }
-    survey.regions.push_back(std::move(report));
+    survey.regions.push_back(report);
   }
   return survey;
 }
