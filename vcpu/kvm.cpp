@@ -5,6 +5,7 @@ module;
 #include <expected>
 #include <fcntl.h>
 #include <linux/kvm.h>
+#include <span>
 #include <utility>
 #include <vector>
 module cppvmm.vcpu:kvm.impl;
