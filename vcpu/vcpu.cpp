@@ -111,8 +111,8 @@ struct Vcpu::Impl {
     if (stop) stop->detach();
   }
 
-  KvmResult<kvm_regs> get_registers() const;
-  KvmResult<kvm_sregs> get_special_registers() const;
+  [[nodiscard]] KvmResult<kvm_regs> get_registers() const;
+  [[nodiscard]] KvmResult<kvm_sregs> get_special_registers() const;
   KvmResult<void> put_registers(const kvm_regs& registers);
   KvmResult<void> inject(std::uint8_t vector, std::optional<std::uint32_t> error_code);
   KvmResult<void> finish_pending();
@@ -122,7 +122,7 @@ struct Vcpu::Impl {
   KvmResult<Exit> decode_mmio();
   KvmResult<Exit> decode_user_hypercall();
   Exit decode_hyperv();
-  Exit decode_internal_error() const;
+  [[nodiscard]] Exit decode_internal_error() const;
 };
 
 static std::unexpected<KvmError> moved_from(const char* operation) { return failed(KvmErrc::bad_state, operation); }
