@@ -73,16 +73,21 @@ TEST_F(VcpuGroupTest, AGroupOfNoneHasEnded) {
 }
 
 TEST_F(VcpuGroupTest, AHandlerEndsItsOwnVcpuAlone) {
+  std::atomic<bool> ending = false;
   std::atomic<unsigned> exits = 0;
   auto group = VcpuGroup::start(make_vcpus({writing, writing}), [&](Vcpu& vcpu, const Exit& exit) {
     EXPECT_TRUE(std::holds_alternative<IoOut>(exit)) << exit_name(exit);
-    if (vcpu.id() == 0) return VcpuAction::end_vcpu;
+    if (vcpu.id() == 0) {
+      ending = true;
+      ending.notify_all();
+      return VcpuAction::end_vcpu;
+    }
     ++exits;
     exits.notify_all();
     return VcpuAction::resume;
   });
   ASSERT_KVM_OK(group);
-  exits.wait(0);
+  ending.wait(false);
   const unsigned seen = exits;
   exits.wait(seen); // the other one goes on
   EXPECT_FALSE(group->ended());
