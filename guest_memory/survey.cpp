@@ -3,10 +3,14 @@ module;
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <span>
 #include <vector>
 module cppvmm.guest_memory:survey.impl;
 import :address;
+import :content_check;
+import :content_scan;
+import :error;
 import :evidence;
 import :extents;
 import :memory_map;
@@ -112,9 +116,31 @@ static std::uint64_t add_touched(PageSet& touched, PageRange region, std::span<c
   return all.page_count();
 }
 
+/// Takes from `touched`, which are pages of the region, those whose content reads zero.
+static void check_content(PageSet& touched, const Region& region, const ContentCheckOptions& options,
+                          ContentBudget& budget, RegionSurvey& report) {
+  const FileMapping memory{.fd = region.file_descriptor(),
+                           .offset = region.file_offset(),
+                           .host = region.host_address(),
+                           .bytes = region.bytes()};
+  if (region.backing() == Backing::unknown || !check_backing(memory, region.backing(), region.kind())) return;
+  const std::uint64_t start = region.pages().first().value();
+  std::vector<Extent> extents;
+  for (const PageRange& range : touched.ranges())
+    extents.push_back({range.first().value() - start, range.count()});
+  const ContentScan scan = scan_content(memory, region.backing(), extents, options, budget);
+  if (!check_backing(memory, region.backing(), region.kind())) return;
+  touched = PageSet();
+  add_touched(touched, region.pages(), std::span(&scan.touched, 1));
+  report.given_up_pages += scan.touched.given_up_pages();
+  report.content = scan.report;
+}
+
 Survey survey_map(const MemoryMap& map, const SurveyOptions& options) {
   using Clock = std::chrono::steady_clock;
   Survey survey;
+  std::optional<ContentBudget> budget;
+  if (options.content_check) budget.emplace(*options.content_check);
   for (const Region& region : map.regions()) {
     RegionSurvey report{.pages = region.pages(), .kind = region.kind(), .backing = region.backing()};
     // ROM is never reported, so nothing needs to be known of it.
@@ -122,14 +148,18 @@ Survey survey_map(const MemoryMap& map, const SurveyOptions& options) {
       const auto region_begin = Clock::now();
       survey.ram.add(region.pages());
       RegionEvidence evidence = evidence_of(region, options.source);
+      PageSet touched;
       if (evidence.kind == Evidence::none) {
-        survey.touched.add(region.pages());
+        touched = PageSet(region.pages());
         report.touched_pages = region.pages().count();
       } else {
-        report.touched_pages = add_touched(survey.touched, region.pages(), evidence.touched);
+        report.touched_pages = add_touched(touched, region.pages(), evidence.touched);
         for (const ExtentList& list : evidence.touched)
           report.given_up_pages += list.given_up_pages();
       }
+      if (options.content_check && (!evidence.error || evidence.error->code != MemoryErrc::wrong_nature))
+        check_content(touched, region, *options.content_check, *budget, report);
+      survey.touched.add(touched);
       report.evidence = evidence.kind;
       report.unaccounted_pages = evidence.unaccounted_pages;
       report.error = evidence.error;

@@ -5,6 +5,7 @@ module;
 #include <vector>
 export module cppvmm.guest_memory:survey;
 import :address;
+import :content_check;
 import :error;
 import :memory_map;
 import :page_set;
@@ -38,6 +39,8 @@ export struct SurveyOptions {
   /// Pages that must not count as zeroed whatever the evidence: those that are about to be written.
   PageSet leave_out;
   EvidenceSource source = EvidenceSource::automatic;
+  /// Whether to look at the content of touched pages: what reads zero counts as zeroed, although it may be in use.
+  std::optional<ContentCheckOptions> content_check = std::nullopt;
 };
 
 /// What a survey found in one region.
@@ -54,6 +57,8 @@ export struct RegionSurvey {
   std::uint64_t given_up_pages = 0;
   /// Why there is no evidence, when a call failed.
   std::optional<MemoryError> error = std::nullopt;
+  /// The look at the touched pages, where one was asked for and the memory is of the kind that was stated.
+  std::optional<ContentCheckReport> content = std::nullopt;
   std::chrono::nanoseconds cost{};
 };
 

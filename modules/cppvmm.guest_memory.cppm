@@ -8,6 +8,7 @@
 ///     for (const cppvmm::PageRange& zeroed : memory.survey().zeroed.largest(255)) use(zeroed);
 export module cppvmm.guest_memory;
 export import :address;
+export import :content_check;
 export import :error;
 export import :guest_memory;
 export import :memory_map;
