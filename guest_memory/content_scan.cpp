@@ -51,10 +51,6 @@ constexpr std::uint64_t bounce_pages = 16;  // what is read through a descriptor
 constexpr std::uint64_t word_bits = 64;
 static_assert(block_pages % window_pages == 0 && window_pages % word_bits == 0);
 
-// /proc/pid/pagemap entries (Documentation/admin-guide/mm/pagemap.rst).
-constexpr std::uint64_t pagemap_present = std::uint64_t{1} << 63;
-constexpr std::uint64_t pagemap_swapped = std::uint64_t{1} << 62;
-
 ContentBudget::ContentBudget(const ContentCheckOptions& options)
     : pages_left_(options.max_bytes / page_size), max_time_(options.max_time), begin_(Clock::now()) {}
 

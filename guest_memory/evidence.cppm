@@ -1,15 +1,23 @@
 module;
 #include <cstdint>
+#include <expected>
 #include <optional>
 #include <vector>
 module cppvmm.guest_memory:evidence;
 import :address;
 import :error;
 import :extents;
+import :memory_map;
 import :region;
 import :survey;
+import :write_record;
 
 namespace cppvmm {
+
+/// /proc/pid/pagemap entries (Documentation/admin-guide/mm/pagemap.rst).
+inline constexpr std::uint64_t pagemap_present = std::uint64_t{1} << 63;
+inline constexpr std::uint64_t pagemap_swapped = std::uint64_t{1} << 62;
+inline constexpr std::uint64_t pagemap_file = std::uint64_t{1} << 61; ///< Of a file, or shared anonymous.
 
 /// What the kernel's books say of a region.
 struct RegionEvidence {
@@ -18,6 +26,8 @@ struct RegionEvidence {
   std::vector<ExtentList> touched;
   std::uint64_t unaccounted_pages = 0;
   std::optional<MemoryError> error = std::nullopt;
+  /// The memory is not what its owner stated, or nothing is stated: nothing at all may be concluded of it.
+  bool is_foreign = false;
 };
 
 /// Part of a file, and where it is mapped.
@@ -28,6 +38,18 @@ struct FileMapping {
   std::uint64_t bytes = 0;
 };
 
+/// What is known of a region of RAM by the kernel's books.
+[[nodiscard]] RegionEvidence region_evidence(const Region& region, EvidenceSource source);
+
+/// The survey of one snapshot, without marks. What is known of writes is looked up for the regions that have it.
+[[nodiscard]] Survey survey_map(const MemoryMap& map, const SurveyOptions& options, const WriteKnowledge& writes);
+
+/// Those of the pages that may hold data, by a look at the content of all that can be looked at.
+[[nodiscard]] ExtentList data_among(const Region& region, const ExtentList& pages);
+
+/// Whether a page of it that reads zero stays so until someone writes it.
+[[nodiscard]] bool is_watchable(Backing backing);
+
 /// Which entries of the page tables count.
 enum class PageEntries : std::uint8_t {
   all,            ///< Every page with an entry that is not the shared zero page.
@@ -37,6 +59,10 @@ enum class PageEntries : std::uint8_t {
 /// Of private memory: what has an entry in this process's page tables.
 [[nodiscard]] RegionEvidence page_table_evidence(const void* host, std::uint64_t bytes, PageEntries entries,
                                                  EvidenceSource source);
+
+/// All pages but those that are write-protected still since a userfaultfd began to watch them; an error (EPERM) where
+/// the memory is not watched as a whole.
+[[nodiscard]] MemoryResult<ExtentList> written_pages(const void* host, std::uint64_t bytes);
 
 /// Of private hugetlb memory: the same by huge page.
 [[nodiscard]] RegionEvidence hugetlb_evidence(const void* host, std::uint64_t bytes, EvidenceSource source);

@@ -1,18 +1,24 @@
 module;
+#include <algorithm>
 #include <chrono>
 #include <expected>
 #include <memory>
 #include <mutex>
 #include <utility>
+#include <vector>
 module cppvmm.guest_memory:guest_memory.impl;
 import :address;
 import :error;
+import :evidence;
+import :extents;
 import :guest_memory;
 import :memory_map;
 import :page_set;
 import :region;
 import :survey;
 import :touched_map;
+import :write_record;
+import :write_watch;
 
 namespace cppvmm {
 
@@ -20,7 +26,39 @@ struct GuestMemory::State {
   mutable std::mutex mutex;
   std::shared_ptr<const MemoryMap> map;
   TouchedMap marks;
+  // Held while a watch or log begins or ends, which can take as long as reading all memory.
+  std::mutex changing_writes;
+  mutable std::mutex writes_mutex; // of the next one
+  WriteKnowledge writes;
+
+  [[nodiscard]] WriteKnowledge known_writes() const {
+    const std::lock_guard lock(writes_mutex);
+    return writes;
+  }
+  void forget_writes(const MemoryMap& current);
 };
+
+/// Of regions that the map no longer has.
+void GuestMemory::State::forget_writes(const MemoryMap& current) {
+  const auto is_gone = [&](const Region& region) {
+    return std::ranges::find(current.regions(), region) == current.regions().end();
+  };
+  std::vector<std::shared_ptr<const WriteWatch>> ended;
+  std::vector<std::unique_ptr<WriteRecord>> forgotten;
+  const std::lock_guard lock(writes_mutex);
+  std::erase_if(writes.watches, [&](auto& watch) {
+    if (!is_gone(watch->region())) return false;
+    ended.push_back(std::move(watch));
+    return true;
+  });
+  if (!writes.log) return;
+  const std::lock_guard records(writes.log->mutex);
+  std::erase_if(writes.log->records, [&](auto& record) {
+    if (!is_gone(record->region())) return false;
+    forgotten.push_back(std::move(record));
+    return true;
+  });
+}
 
 GuestMemory::GuestMemory() : GuestMemory(MemoryMap()) {}
 GuestMemory::GuestMemory(MemoryMap map) : state_(std::make_unique<State>()) {
@@ -35,10 +73,12 @@ std::shared_ptr<const MemoryMap> GuestMemory::snapshot() const {
 
 void GuestMemory::replace(MemoryMap map) {
   auto next = std::make_shared<const MemoryMap>(std::move(map));
+  const auto current = next;
   {
     const std::lock_guard lock(state_->mutex);
     state_->map.swap(next);
   }
+  state_->forget_writes(*current);
   // What was replaced goes here, outside the lock: unmapping its regions can take long.
 }
 
@@ -52,11 +92,121 @@ MemoryResult<void> GuestMemory::add_region(Region region) {
 
 MemoryResult<void> GuestMemory::remove_region(GuestAddress start) {
   std::shared_ptr<const MemoryMap> previous;
-  const std::lock_guard lock(state_->mutex);
-  auto next = state_->map->without(start);
-  if (!next) return std::unexpected(next.error());
-  previous = std::exchange(state_->map, std::make_shared<const MemoryMap>(std::move(*next)));
+  std::shared_ptr<const MemoryMap> current;
+  {
+    const std::lock_guard lock(state_->mutex);
+    auto next = state_->map->without(start);
+    if (!next) return std::unexpected(next.error());
+    current = std::make_shared<const MemoryMap>(std::move(*next));
+    previous = std::exchange(state_->map, current);
+  }
+  state_->forget_writes(*current);
   return {};
+}
+
+/// The regions of RAM whose writes are to be known: one that starts there.
+static MemoryResult<Region> ram_region_at(const MemoryMap& map, GuestAddress start, const char* operation) {
+  const Region* region = map.find(start);
+  MemoryError error{.code = MemoryErrc::not_backed, .address = start.value(), .operation = operation};
+  if (region == nullptr || region->start() != start) return std::unexpected(error);
+  error.code = MemoryErrc::read_only;
+  if (region->kind() != RegionKind::ram) return std::unexpected(error);
+  return *region;
+}
+
+/// One list of all the pages that evidence calls touched.
+static ExtentList touched_list(const Region& region, const RegionEvidence& evidence) {
+  ExtentList result;
+  if (evidence.kind == Evidence::none) {
+    result.add({0, region.pages().count()});
+    return result;
+  }
+  PageSet pages;
+  for (const ExtentList& list : evidence.touched)
+    for (const Extent& extent : list.extents())
+      pages.add(*PageRange::make(PageNumber(extent.first), extent.count));
+  for (const PageRange& range : pages.ranges())
+    result.add({range.first().value(), range.count()});
+  return result;
+}
+
+/// Pages of the region that may hold data at this moment.
+static MemoryResult<ExtentList> data_now(const Region& region, Baseline baseline) {
+  if (baseline == Baseline::promise) return ExtentList();
+  const RegionEvidence evidence = region_evidence(region, EvidenceSource::automatic);
+  if (evidence.is_foreign) return std::unexpected(*evidence.error);
+  return data_among(region, touched_list(region, evidence));
+}
+
+MemoryResult<void> GuestMemory::arm_write_watch(GuestAddress start, const WriteWatchOptions& options) {
+  const std::lock_guard changing(state_->changing_writes);
+  const auto region = ram_region_at(*snapshot(), start, "GuestMemory::arm_write_watch");
+  if (!region) return std::unexpected(region.error());
+  const auto refuse = [&](MemoryErrc code, const char* operation) {
+    return std::unexpected(
+        MemoryError{.code = code, .address = start.value(), .length = region->bytes(), .operation = operation});
+  };
+  if (!is_watchable(region->backing())) return refuse(MemoryErrc::unavailable, "a write watch of this kind of memory");
+  const bool is_private = region->backing() == Backing::anonymous || region->backing() == Backing::hugetlb;
+  if (!is_private && !options.written_through_this_mapping_only)
+    return refuse(MemoryErrc::invalid_argument, "a write watch of shared memory needs a promise");
+  for (const auto& watch : state_->known_writes().watches)
+    if (watch->region() == *region) return refuse(MemoryErrc::invalid_argument, "a write watch is armed already");
+
+  const RegionEvidence evidence = region_evidence(*region, EvidenceSource::automatic);
+  if (evidence.is_foreign) return std::unexpected(*evidence.error);
+  auto watch = WriteWatch::arm(*region, touched_list(*region, evidence).extents());
+  if (!watch) return std::unexpected(watch.error());
+  auto data = data_now(*region, options.baseline);
+  if (!data) return std::unexpected(data.error());
+  (*watch)->set_baseline(std::move(*data));
+  const std::lock_guard lock(state_->writes_mutex);
+  state_->writes.watches.push_back(std::move(*watch));
+  return {};
+}
+
+bool GuestMemory::disarm_write_watch(GuestAddress start) {
+  std::vector<std::shared_ptr<const WriteWatch>> ended;
+  const std::lock_guard changing(state_->changing_writes);
+  const std::lock_guard lock(state_->writes_mutex);
+  return std::erase_if(state_->writes.watches, [&](auto& watch) {
+           if (watch->region().start() != start) return false;
+           ended.push_back(std::move(watch));
+           return true;
+         }) != 0;
+}
+
+MemoryResult<void> GuestMemory::begin_write_log(WriteLog log, const WriteLogOptions& options) {
+  const std::lock_guard changing(state_->changing_writes);
+  if (!log.collect || state_->known_writes().log)
+    return std::unexpected(
+        MemoryError{.code = MemoryErrc::invalid_argument, .operation = "GuestMemory::begin_write_log"});
+  auto kept = std::make_shared<KeptLog>();
+  kept->log = std::move(log);
+  kept->is_complete = options.complete;
+  const auto map = snapshot();
+  for (const Region& region : map->regions()) {
+    if (region.kind() != RegionKind::ram) continue;
+    auto record = WriteRecord::begin(region);
+    if (!record) return std::unexpected(record.error());
+    if (options.complete && is_watchable(region.backing())) {
+      auto data = data_now(region, options.baseline);
+      if (!data) return std::unexpected(data.error());
+      (*record)->set_baseline(std::move(*data));
+    }
+    kept->records.push_back(std::move(*record));
+  }
+  const std::lock_guard lock(state_->writes_mutex);
+  state_->writes.log = std::move(kept);
+  return {};
+}
+
+bool GuestMemory::end_write_log() {
+  std::shared_ptr<KeptLog> ended;
+  const std::lock_guard changing(state_->changing_writes);
+  const std::lock_guard lock(state_->writes_mutex);
+  ended = std::exchange(state_->writes.log, nullptr);
+  return ended != nullptr;
 }
 
 void GuestMemory::mark_touched(PageRange pages, Touchers by) {
@@ -79,10 +229,12 @@ Survey GuestMemory::survey(const SurveyOptions& options) const {
   const auto begin = std::chrono::steady_clock::now();
   for (int attempt = 1;; ++attempt) {
     const auto map = snapshot();
-    Survey survey = survey_map(*map, options);
+    Survey survey = survey_map(*map, options, state_->known_writes());
     // Marks are read last: all that were made before the survey began are among them.
-    survey.marks = marks();
-    PageSet marked = survey.marks.pages();
+    const TouchedMap by_hand = marks();
+    for (const auto& [pages, by] : by_hand.entries())
+      survey.touchers.mark(pages, by);
+    PageSet marked = by_hand.pages();
     marked.intersect(survey.ram);
     survey.touched.add(marked);
     const bool current = snapshot() == map;

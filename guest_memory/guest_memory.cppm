@@ -11,6 +11,7 @@ import :page_set;
 import :region;
 import :survey;
 import :touched_map;
+import :write_watch;
 
 namespace cppvmm {
 
@@ -56,6 +57,31 @@ public:
   void mark_touched(PageRange pages, Touchers by);
   void clear_marks(PageRange pages);
   [[nodiscard]] TouchedMap marks() const;
+
+  /// Watches the writes to the region of RAM that starts at `start`, for memory that is all present (populated, locked,
+  /// in huge pages): from now on a survey counts only those of its pages as touched that were written since, or held
+  /// data then. By userfaultfd's asynchronous write protection, through PAGEMAP_SCAN: Linux 6.7 and later. Costs a
+  /// fault at the first write to each page (in a huge page: of the host's page tables, to 4 KiB). Lasts until disarmed,
+  /// or until the map no longer has the region.
+  ///
+  /// Errors: not_backed and read_only; invalid_argument for shared memory without the promise in `options`, for memory
+  /// that is watched already or registered with another userfaultfd; unavailable for files, memory of unknown nature,
+  /// and on kernels without it; wrong_nature; os.
+  [[nodiscard]] MemoryResult<void> arm_write_watch(GuestAddress start, const WriteWatchOptions& options = {});
+  /// Whether there was one.
+  bool disarm_write_watch(GuestAddress start);
+
+  /// Keeps a log of the guest's writes beside a record of what the accessors write (of this object, and of the maps
+  /// that have its regions), for the RAM regions of the current map. Surveys tell by it who wrote a page; and, where
+  /// `options` declares that it is complete, count only pages as touched that were written since or held data before
+  /// (anonymous memory, memfd and hugetlb of both kinds, shared anonymous memory).
+  ///
+  /// Begin it before the vCPUs run and while nobody else accesses the memory; the log has to be on already. It lasts
+  /// until end_write_log; a region is forgotten with its removal, and regions that come later are not in it.
+  /// invalid_argument when a log is kept already; os.
+  [[nodiscard]] MemoryResult<void> begin_write_log(WriteLog log, const WriteLogOptions& options = {});
+  /// Whether there was one. Writes before it are forgotten: nothing is known of them any more.
+  bool end_write_log();
 
   /// Derives which pages of RAM are known to be zero, from the kernel's books and the marks (see Survey). Every page
   /// that held data before the call began is left out of `zeroed`, whoever wrote it: this process, a vCPU, or another

@@ -178,9 +178,12 @@ MemoryResult<void> MemoryMap::for_each_part(GuestAddress address, std::uint64_t 
     const GuestAddress at(address.value() + done);
     const Region* region = find(at);
     if (region == nullptr) return refuse(MemoryErrc::not_backed, at, done);
-    if (access == Access::write && region->kind() == RegionKind::rom) return refuse(MemoryErrc::read_only, at, done);
+    if ((access == Access::write || access == Access::check_write) && region->kind() == RegionKind::rom)
+      return refuse(MemoryErrc::read_only, at, done);
     const std::uint64_t offset = at.value() - region->start().value();
     const std::uint64_t part = std::min(bytes - done, region->bytes() - offset);
+    // Before the bytes change: a survey that begins after they did finds the record.
+    if (access == Access::write || access == Access::load) region->record_write(offset, part);
     copy(static_cast<std::byte*>(region->host_address()) + offset, done, part);
     done += part;
   }
@@ -207,7 +210,7 @@ MemoryResult<void> MemoryMap::load(GuestAddress address, std::span<const std::by
 }
 
 MemoryResult<void> MemoryMap::check_write(GuestAddress address, std::uint64_t bytes) const {
-  return for_each_part(address, bytes, Access::write, "MemoryMap::check_write",
+  return for_each_part(address, bytes, Access::check_write, "MemoryMap::check_write",
                        [](std::byte*, std::uint64_t, std::uint64_t) {});
 }
 

@@ -67,7 +67,7 @@ public:
   }
 
 private:
-  enum class Access : std::uint8_t { read, write, load };
+  enum class Access : std::uint8_t { read, write, check_write, load };
   template <class Copy>
   [[nodiscard]] MemoryResult<void> for_each_part(GuestAddress address, std::uint64_t bytes, Access access,
                                                  const char* operation, Copy copy) const;

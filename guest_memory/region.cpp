@@ -1,5 +1,7 @@
 module;
+#include <atomic>
 #include <cerrno>
+#include <cstddef>
 #include <cstdint>
 #include <cstdio>
 #include <expected>
@@ -8,6 +10,7 @@ module;
 #include <linux/memfd.h>
 #include <memory>
 #include <optional>
+#include <span>
 #include <string_view>
 #include <sys/mman.h>
 #include <sys/stat.h>
@@ -36,6 +39,11 @@ struct Region::Mapping {
   int fd = -1;
   std::uint64_t fd_offset = 0;
   std::optional<FileId> shared_file;
+  // Pages that the accessors wrote while recording was on, one bit each. The bits stay until the mapping goes, so that
+  // an accessor never meets freed memory.
+  mutable std::atomic<std::atomic<std::uint64_t>*> recorded = nullptr;
+  mutable std::atomic<bool> is_recording = false;
+  mutable std::atomic<bool> has_recorder = false;
 
   Mapping() = default;
   Mapping(const Mapping&) = delete;
@@ -43,7 +51,10 @@ struct Region::Mapping {
   ~Mapping() {
     if (reserved != nullptr) munmap(reserved, reserved_bytes);
     if (fd >= 0) close(fd);
+    if (void* bits = recorded.load(std::memory_order_relaxed); bits != nullptr) munmap(bits, recorded_bytes());
   }
+  [[nodiscard]] std::size_t recorded_words() const { return (pages.count() + 63) / 64; }
+  [[nodiscard]] std::size_t recorded_bytes() const { return recorded_words() * sizeof(std::uint64_t); }
 };
 
 static std::unexpected<MemoryError> refuse(MemoryErrc code, GuestAddress start, std::uint64_t bytes,
@@ -277,6 +288,52 @@ int Region::file_descriptor() const { return mapping_->fd; }
 std::uint64_t Region::file_offset() const { return mapping_->fd_offset; }
 
 std::optional<Region::FileId> Region::shared_file_id() const { return mapping_->shared_file; }
+
+MemoryResult<void> Region::start_recording() const {
+  static_assert(std::atomic<std::uint64_t>::is_always_lock_free);
+  // Two would take each other's bits away.
+  if (mapping_->has_recorder.exchange(true))
+    return refuse(MemoryErrc::invalid_argument, start(), bytes(), "begin a write log where one is kept already");
+  const auto failed = [&](const char* operation) {
+    const int error = errno;
+    mapping_->has_recorder.store(false);
+    return refuse(MemoryErrc::os, start(), bytes(), operation, error);
+  };
+  const std::size_t size = mapping_->recorded_bytes();
+  void* bits = mapping_->recorded.load(std::memory_order_acquire);
+  if (bits == nullptr) {
+    // Not from the heap: most of it is never written, and so takes no memory.
+    bits = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (bits == MAP_FAILED) return failed("mmap of a record of writes");
+    mapping_->recorded.store(static_cast<std::atomic<std::uint64_t>*>(bits), std::memory_order_release);
+  } else if (madvise(bits, size, MADV_DONTNEED) != 0) {
+    return failed("madvise of a record of writes");
+  }
+  mapping_->is_recording.store(true, std::memory_order_seq_cst);
+  return {};
+}
+
+void Region::stop_recording() const {
+  mapping_->is_recording.store(false, std::memory_order_seq_cst);
+  mapping_->has_recorder.store(false);
+}
+
+void Region::record_write(std::uint64_t offset, std::uint64_t bytes) const {
+  if (!mapping_->is_recording.load(std::memory_order_acquire) || bytes == 0) return;
+  std::atomic<std::uint64_t>* const bits = mapping_->recorded.load(std::memory_order_relaxed);
+  const std::uint64_t last = (offset + bytes - 1) / page_size;
+  for (std::uint64_t page = offset / page_size; page <= last; ++page) {
+    std::atomic<std::uint64_t>& word = bits[page / 64];
+    const std::uint64_t bit = std::uint64_t{1} << (page % 64);
+    // Most writes are to pages that were written before.
+    if ((word.load(std::memory_order_relaxed) & bit) == 0) word.fetch_or(bit, std::memory_order_seq_cst);
+  }
+}
+
+std::span<const std::atomic<std::uint64_t>> Region::recorded_writes() const {
+  const std::atomic<std::uint64_t>* bits = mapping_->recorded.load(std::memory_order_acquire);
+  return {bits, bits == nullptr ? 0 : mapping_->recorded_words()};
+}
 
 MemoryResult<std::uint64_t> Region::resident_bytes() const {
   if (is_adopted()) {

@@ -1,8 +1,10 @@
 module;
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
 #include <optional>
+#include <span>
 export module cppvmm.guest_memory:region;
 import :address;
 import :error;
@@ -119,7 +121,17 @@ public:
 
 private:
   struct Mapping;
+  friend class MemoryMap;
+  friend class WriteRecord;
   explicit Region(std::shared_ptr<const Mapping> mapping);
+  /// Begins to remember, from none on, which pages the accessors write. Nobody may be writing meanwhile.
+  [[nodiscard]] MemoryResult<void> start_recording() const;
+  void stop_recording() const;
+  /// The accessors are about to write these bytes.
+  void record_write(std::uint64_t offset, std::uint64_t bytes) const;
+  /// One bit a page; empty before the first start_recording.
+  [[nodiscard]] std::span<const std::atomic<std::uint64_t>> recorded_writes() const;
+
   std::shared_ptr<const Mapping> mapping_;
 };
 

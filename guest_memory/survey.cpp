@@ -3,6 +3,9 @@ module;
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
+#include <expected>
+#include <memory>
+#include <mutex>
 #include <optional>
 #include <span>
 #include <vector>
@@ -18,6 +21,7 @@ import :page_set;
 import :region;
 import :survey;
 import :touched_map;
+import :write_record;
 
 namespace cppvmm {
 
@@ -44,11 +48,35 @@ const char* to_string(Evidence evidence) {
 }
 
 TouchedMap Survey::touched_map() const {
-  TouchedMap result = marks;
+  TouchedMap result = touchers;
   PageSet unmarked = touched;
-  unmarked.remove(marks.pages());
+  unmarked.remove(touchers.pages());
   result.mark(unmarked, Toucher::unknown);
   return result;
+}
+
+static FileMapping file_mapping(const Region& region) {
+  return {.fd = region.file_descriptor(),
+          .offset = region.file_offset(),
+          .host = region.host_address(),
+          .bytes = region.bytes()};
+}
+
+bool is_watchable(Backing backing) {
+  switch (backing) {
+  case Backing::anonymous:
+  case Backing::memfd:
+  case Backing::shared_anonymous:
+  case Backing::hugetlb:
+  case Backing::hugetlb_memfd:
+    return true;
+  // Dropping a page brings the file's data back, which is no write.
+  case Backing::private_file:
+  case Backing::shared_file:
+  case Backing::unknown:
+    break;
+  }
+  return false;
 }
 
 static RegionEvidence evidence_of_backing(const FileMapping& memory, Backing backing, EvidenceSource source) {
@@ -72,15 +100,13 @@ static RegionEvidence evidence_of_backing(const FileMapping& memory, Backing bac
   return {};
 }
 
-static RegionEvidence evidence_of(const Region& region, EvidenceSource source) {
-  const FileMapping memory{.fd = region.file_descriptor(),
-                           .offset = region.file_offset(),
-                           .host = region.host_address(),
-                           .bytes = region.bytes()};
+RegionEvidence region_evidence(const Region& region, EvidenceSource source) {
+  const FileMapping memory = file_mapping(region);
   // Someone may map something else there, or give a region's missing pages to a userfaultfd, at any time: before the
   // look at the books and after it, nothing of that may be so.
   const auto is_as_stated = [&] { return check_backing(memory, region.backing(), region.kind()); };
   RegionEvidence refused;
+  refused.is_foreign = true;
   if (region.backing() == Backing::unknown) return refused;
   if (auto before = is_as_stated(); !before) {
     refused.error = before.error();
@@ -94,50 +120,141 @@ static RegionEvidence evidence_of(const Region& region, EvidenceSource source) {
   return evidence;
 }
 
-/// Adds the union of the lists, which count from the start of `region`; how many pages that is.
-static std::uint64_t add_touched(PageSet& touched, PageRange region, std::span<const ExtentList> lists) {
+ExtentList data_among(const Region& region, const ExtentList& pages) {
+  const ContentCheckOptions options;
+  ContentBudget budget(options);
+  return scan_content(file_mapping(region), region.backing(), pages.extents(), options, budget).touched;
+}
+
+/// The pages of all the lists, which count from the start of `region`.
+static PageSet union_of(PageRange region, std::span<const ExtentList> lists) {
+  PageSet result;
   const auto add_to = [&](PageSet& set, const ExtentList& list) {
     for (const Extent& extent : list.extents())
       set.add(*PageRange::make(PageNumber(region.first().value() + extent.first), extent.count));
   };
+  if (lists.empty()) return result;
+  add_to(result, lists.front());
   // The lists beyond the first hold what only a second look showed: little, most often nothing.
-  PageSet more;
-  for (const ExtentList& list : lists.subspan(std::min<std::size_t>(lists.size(), 1)))
+  for (const ExtentList& list : lists.subspan(1)) {
+    PageSet more;
     add_to(more, list);
-  if (lists.empty()) return 0;
-  add_to(touched, lists.front());
-  std::uint64_t pages = 0;
-  for (const Extent& extent : lists.front().extents())
-    pages += extent.count;
-  if (more.empty()) return pages;
-  touched.add(more);
-  PageSet all = touched;
-  all.intersect(region);
-  return all.page_count();
+    result.add(more);
+  }
+  return result;
+}
+
+using Clock = std::chrono::steady_clock;
+
+/// Takes out of `touched` what the watch knows to be unwritten.
+static WatchReport narrow(PageSet& touched, const WriteWatch& watch) {
+  const auto begin = Clock::now();
+  WatchReport report;
+  if (const auto lists = watch.may_hold_data(); !lists) {
+    report.error = lists.error();
+  } else {
+    const PageSet written = union_of(watch.region().pages(), *lists);
+    const std::uint64_t before = touched.page_count();
+    touched.intersect(written);
+    report.written_pages = written.page_count();
+    report.zero_pages = before - touched.page_count();
+  }
+  report.cost = Clock::now() - begin;
+  return report;
+}
+
+/// What a log shows of a region.
+struct LoggedWrites {
+  PageSet logged;
+  PageSet recorded;
+};
+
+/// Takes out of `touched` what is neither in the log nor recorded, if that is all that is written.
+static WatchReport narrow(PageSet& touched, const KeptLog& kept, WriteRecord& record, LoggedWrites& writes) {
+  const auto begin = Clock::now();
+  WatchReport report;
+  const PageRange pages = record.region().pages();
+  const bool is_current = [&] {
+    if (auto collected = record.collect(kept.log); !collected) {
+      report.error = collected.error();
+      return false;
+    }
+    return true;
+  }();
+  const ExtentList logged = record.logged();
+  const ExtentList recorded = record.recorded();
+  writes.logged = union_of(pages, std::span(&logged, 1));
+  writes.recorded = union_of(pages, std::span(&recorded, 1));
+  if (is_current && kept.is_complete && is_watchable(record.region().backing())) {
+    PageSet written = writes.logged;
+    written.add(writes.recorded);
+    written.add(union_of(pages, std::span(&record.baseline(), 1)));
+    const std::uint64_t before = touched.page_count();
+    touched.intersect(written);
+    report.written_pages = written.page_count();
+    report.zero_pages = before - touched.page_count();
+  }
+  report.cost = Clock::now() - begin;
+  return report;
 }
 
 /// Takes from `touched`, which are pages of the region, those whose content reads zero.
 static void check_content(PageSet& touched, const Region& region, const ContentCheckOptions& options,
                           ContentBudget& budget, RegionSurvey& report) {
-  const FileMapping memory{.fd = region.file_descriptor(),
-                           .offset = region.file_offset(),
-                           .host = region.host_address(),
-                           .bytes = region.bytes()};
-  if (region.backing() == Backing::unknown || !check_backing(memory, region.backing(), region.kind())) return;
+  const FileMapping memory = file_mapping(region);
   const std::uint64_t start = region.pages().first().value();
   std::vector<Extent> extents;
   for (const PageRange& range : touched.ranges())
     extents.push_back({range.first().value() - start, range.count()});
   const ContentScan scan = scan_content(memory, region.backing(), extents, options, budget);
+  // What was read has to be what the guest has.
   if (!check_backing(memory, region.backing(), region.kind())) return;
-  touched = PageSet();
-  add_touched(touched, region.pages(), std::span(&scan.touched, 1));
+  touched = union_of(region.pages(), std::span(&scan.touched, 1));
   report.given_up_pages += scan.touched.given_up_pages();
   report.content = scan.report;
 }
 
-Survey survey_map(const MemoryMap& map, const SurveyOptions& options) {
-  using Clock = std::chrono::steady_clock;
+/// Surveys one region of RAM: adds to the survey's sets, and fills the report.
+static void survey_region(const Region& region, const SurveyOptions& options, const WriteKnowledge& writes,
+                          std::optional<ContentBudget>& budget, Survey& survey, RegionSurvey& report) {
+  const RegionEvidence evidence = region_evidence(region, options.source);
+  report.evidence = evidence.kind;
+  report.unaccounted_pages = evidence.unaccounted_pages;
+  report.error = evidence.error;
+  PageSet touched(region.pages());
+  if (evidence.kind != Evidence::none) {
+    touched = union_of(region.pages(), evidence.touched);
+    for (const ExtentList& list : evidence.touched)
+      report.given_up_pages += list.given_up_pages();
+  }
+  if (evidence.is_foreign) {
+    survey.touched.add(touched);
+    return;
+  }
+  for (const auto& watch : writes.watches)
+    if (watch->region() == region) report.watch = narrow(touched, *watch);
+  LoggedWrites logged;
+  if (writes.log) {
+    const std::scoped_lock lock(writes.log->mutex);
+    for (const auto& record : writes.log->records) {
+      if (record->region() != region) continue;
+      WatchReport narrowed = narrow(touched, *writes.log, *record, logged);
+      if (writes.log->is_complete || narrowed.error) report.log = narrowed;
+    }
+  }
+  if (budget) check_content(touched, region, *options.content_check, *budget, report);
+  if (writes.log) {
+    // A page that was discarded since is in the log, and not touched.
+    logged.logged.intersect(touched);
+    logged.recorded.intersect(touched);
+    survey.touchers.mark(logged.logged, writes.log->log.by);
+    survey.touchers.mark(logged.recorded, Toucher::host);
+  }
+  report.touched_pages = touched.page_count();
+  survey.touched.add(touched);
+}
+
+Survey survey_map(const MemoryMap& map, const SurveyOptions& options, const WriteKnowledge& writes) {
   Survey survey;
   std::optional<ContentBudget> budget;
   if (options.content_check) budget.emplace(*options.content_check);
@@ -145,25 +262,12 @@ Survey survey_map(const MemoryMap& map, const SurveyOptions& options) {
     RegionSurvey report{.pages = region.pages(), .kind = region.kind(), .backing = region.backing()};
     // ROM is never reported, so nothing needs to be known of it.
     if (region.kind() == RegionKind::ram) {
-      const auto region_begin = Clock::now();
+      const auto begin = Clock::now();
       survey.ram.add(region.pages());
-      RegionEvidence evidence = evidence_of(region, options.source);
-      PageSet touched;
-      if (evidence.kind == Evidence::none) {
-        touched = PageSet(region.pages());
-        report.touched_pages = region.pages().count();
-      } else {
-        report.touched_pages = add_touched(touched, region.pages(), evidence.touched);
-        for (const ExtentList& list : evidence.touched)
-          report.given_up_pages += list.given_up_pages();
-      }
-      if (options.content_check && (!evidence.error || evidence.error->code != MemoryErrc::wrong_nature))
-        check_content(touched, region, *options.content_check, *budget, report);
-      survey.touched.add(touched);
-      report.evidence = evidence.kind;
-      report.unaccounted_pages = evidence.unaccounted_pages;
-      report.error = evidence.error;
-      report.cost = Clock::now() - region_begin;
+      report.touched_pages = region.pages().count();
+      survey_region(region, options, writes, budget, survey, report);
+      report.zeroed_pages = region.pages().count() - report.touched_pages;
+      report.cost = Clock::now() - begin;
     }
     survey.regions.push_back(report);
   }

@@ -43,13 +43,26 @@ export struct SurveyOptions {
   std::optional<ContentCheckOptions> content_check = std::nullopt;
 };
 
+/// What a write watch or a complete write log added to the evidence.
+export struct WatchReport {
+  std::uint64_t written_pages = 0; ///< Written since it began, or not known to be unwritten, or with data before.
+  std::uint64_t zero_pages = 0;    ///< Counted as touched by evidence, and known to be zero by this.
+  /// Why it counted for nothing.
+  std::optional<MemoryError> error = std::nullopt;
+  std::chrono::nanoseconds cost{};
+};
+
 /// What a survey found in one region.
 export struct RegionSurvey {
   PageRange pages;
   RegionKind kind{};
   Backing backing{};
   Evidence evidence = Evidence::none;
-  std::uint64_t touched_pages = 0; ///< By evidence, before marks and what was left out.
+  std::uint64_t touched_pages = 0; ///< By all that is known, before marks and what was left out.
+  std::uint64_t zeroed_pages = 0;  ///< The other pages of RAM.
+  /// Of an armed write watch, and of a write log that is declared complete.
+  std::optional<WatchReport> watch = std::nullopt;
+  std::optional<WatchReport> log = std::nullopt;
   /// Pages that the host has allocated although no evidence says what for; they count as touched.
   std::uint64_t unaccounted_pages = 0;
   /// Zero pages counted as touched because touched pages are scattered over more than 2^18 extents, which bounds the
@@ -69,16 +82,14 @@ export struct Survey {
   /// ram - touched - left out. Each of these pages read zero at a moment during the survey; none of them held data when
   /// it began, but for pages that were discarded since.
   PageSet zeroed;
-  /// What was marked by hand; the other touched pages have an unknown writer.
-  TouchedMap marks;
+  /// Who wrote, as far as it is known: what was marked by hand, what a write log and its record of the accessors show.
+  /// The other touched pages have an unknown writer.
+  TouchedMap touchers;
   std::vector<RegionSurvey> regions;
   std::chrono::nanoseconds cost{}; ///< Of the whole, as GuestMemory::survey makes it.
 
   /// The touched pages with who touched them.
   [[nodiscard]] TouchedMap touched_map() const;
 };
-
-/// The survey of one snapshot, without marks.
-[[nodiscard]] Survey survey_map(const MemoryMap& map, const SurveyOptions& options);
 
 } // namespace cppvmm

@@ -16,3 +16,4 @@ export import :page_set;
 export import :region;
 export import :survey;
 export import :touched_map;
+export import :write_watch;

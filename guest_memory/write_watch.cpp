@@ -1,0 +1,91 @@
+module;
+#include <algorithm>
+#include <cerrno>
+#include <cstdint>
+#include <expected>
+#include <fcntl.h>
+#include <linux/userfaultfd.h>
+#include <memory>
+#include <span>
+#include <sys/ioctl.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#include <utility>
+#include <vector>
+module cppvmm.guest_memory:write_watch.impl;
+import :address;
+import :error;
+import :evidence;
+import :extents;
+import :region;
+import :write_record;
+
+namespace cppvmm {
+
+// include/uapi/linux/userfaultfd.h (Linux 6.7), which the headers of older distributions lack. A kernel without it
+// refuses the handshake.
+constexpr std::uint64_t feature_wp_async = 1 << 15;
+constexpr std::uint64_t feature_wp_hugetlbfs_shmem = 1 << 12;
+constexpr int user_mode_only = 1; // UFFD_USER_MODE_ONLY
+
+static std::unexpected<MemoryError> refuse(MemoryErrc code, const Region& region, const char* operation, int os_error) {
+  return std::unexpected(MemoryError{.code = code,
+                                     .address = region.start().value(),
+                                     .length = region.bytes(),
+                                     .os_error = os_error,
+                                     .operation = operation});
+}
+
+/// Protects in steps, so that no single call holds the address space's lock for long.
+static int protect(int descriptor, std::uint64_t start, std::uint64_t bytes) {
+  constexpr std::uint64_t step = std::uint64_t{1} << 30;
+  for (std::uint64_t done = 0; done < bytes;) {
+    uffdio_writeprotect request{};
+    request.range = {.start = start + done, .len = std::min(step, bytes - done)};
+    request.mode = UFFDIO_WRITEPROTECT_MODE_WP;
+    if (ioctl(descriptor, UFFDIO_WRITEPROTECT, &request) != 0) {
+      if (errno == EINTR || errno == EAGAIN) continue;
+      return errno;
+    }
+    done += request.range.len;
+  }
+  return 0;
+}
+
+MemoryResult<std::unique_ptr<WriteWatch>> WriteWatch::arm(const Region& region, std::span<const Extent> pages) {
+  // Asynchronous write protection has no handler: the kernel resolves its own faults too, and needs no privilege.
+  const auto descriptor = static_cast<int>(syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK | user_mode_only));
+  if (descriptor < 0)
+    return refuse(errno == ENOSYS ? MemoryErrc::unavailable : MemoryErrc::os, region, "userfaultfd", errno);
+  std::unique_ptr<WriteWatch> watch(new WriteWatch(region, descriptor));
+  uffdio_api api{};
+  api.api = UFFD_API;
+  api.features = feature_wp_async | feature_wp_hugetlbfs_shmem;
+  if (ioctl(descriptor, UFFDIO_API, &api) != 0)
+    return refuse(errno == EINVAL ? MemoryErrc::unavailable : MemoryErrc::os, region,
+                  "asynchronous write protection by userfaultfd (Linux 6.7)", errno);
+  const auto start = reinterpret_cast<std::uintptr_t>(region.host_address());
+  uffdio_register request{};
+  request.range = {.start = start, .len = region.bytes()};
+  request.mode = UFFDIO_REGISTER_MODE_WP;
+  if (ioctl(descriptor, UFFDIO_REGISTER, &request) != 0)
+    return refuse(errno == EBUSY ? MemoryErrc::invalid_argument : MemoryErrc::os, region,
+                  "UFFDIO_REGISTER of memory to watch", errno);
+  for (const Extent& extent : pages)
+    if (const int error = protect(descriptor, start + extent.first * page_size, extent.count * page_size))
+      return refuse(MemoryErrc::os, region, "UFFDIO_WRITEPROTECT of memory to watch", error);
+  return watch;
+}
+
+WriteWatch::~WriteWatch() { close(descriptor_); }
+
+MemoryResult<std::vector<ExtentList>> WriteWatch::may_hold_data() const {
+  auto written = written_pages(region_.host_address(), region_.bytes());
+  if (!written) return std::unexpected(written.error());
+  std::vector<ExtentList> lists;
+  lists.push_back(std::move(*written));
+  lists.push_back(baseline_);
+  return lists;
+}
+
+} // namespace cppvmm

@@ -1,0 +1,362 @@
+#include <cerrno>
+#include <cstddef>
+#include <cstdint>
+#include <expected>
+#include <functional>
+#include <gtest/gtest.h>
+#include <optional>
+#include <random>
+#include <span>
+#include <string>
+#include <sys/mman.h>
+#include <sys/uio.h>
+#include <sys/wait.h>
+#include <unistd.h>
+#include <vector>
+import cppvmm.guest_memory;
+
+// What was written to memory that is all present: by a watch of the page tables, and by a log with a record of the
+// accessors.
+
+using namespace cppvmm;
+
+namespace {
+
+constexpr std::uint64_t region_pages = 1024;
+constexpr std::uint64_t bytes = region_pages * page_size;
+constexpr GuestAddress start(0x100 * page_size);
+
+PageRange pages(std::uint64_t first, std::uint64_t count) { return *PageRange::make(PageNumber(first), count); }
+
+PageSet each(const std::vector<std::uint64_t>& numbers) {
+  PageSet set;
+  for (const auto number : numbers)
+    set.add(pages(number, 1));
+  return set;
+}
+
+/// 4 MiB that is present as a whole: zero, with data in pages 0x110 and 0x4FF.
+class PopulatedMemory : public testing::TestWithParam<Backing> {
+protected:
+  void SetUp() override {
+    if (GetParam() == Backing::shared_anonymous) {
+      own = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+      ASSERT_NE(own, MAP_FAILED);
+      region.emplace(*Region::adopt(start, {own, bytes, Backing::shared_anonymous}));
+    } else {
+      region.emplace(GetParam() == Backing::memfd ? *Region::memfd(start, bytes) : *Region::anonymous(start, bytes));
+    }
+    for (std::uint64_t page = 0; page < region_pages; ++page)
+      *host(0x100 + page) = std::byte{0};
+    *host(0x110) = std::byte{1};
+    *(host(0x4FF) + page_size - 1) = std::byte{1};
+    memory.replace(*MemoryMap::make({*region}));
+    ASSERT_TRUE(memory.survey().zeroed.empty());
+  }
+  void TearDown() override {
+    memory.replace({});
+    region.reset();
+    if (own != nullptr) munmap(own, bytes);
+  }
+
+  [[nodiscard]] volatile std::byte* host(std::uint64_t page) const {
+    return static_cast<volatile std::byte*>(region->host_address()) + (page - 0x100) * page_size;
+  }
+  /// Arms with the promise that shared memory needs; false, and a skip, where this kernel has no such watch.
+  bool arm(Baseline baseline = Baseline::content) {
+    const auto armed = memory.arm_write_watch(start, {.baseline = baseline, .written_through_this_mapping_only = true});
+    if (!armed && armed.error().code == MemoryErrc::unavailable) return false;
+    EXPECT_TRUE(armed) << armed.error().message();
+    return armed.has_value();
+  }
+  void expect_touched(const std::vector<std::uint64_t>& numbers) const {
+    const Survey survey = memory.survey();
+    EXPECT_EQ(survey.touched, each(numbers));
+    EXPECT_EQ(survey.regions[0].touched_pages, numbers.size());
+    EXPECT_EQ(survey.regions[0].zeroed_pages, region_pages - numbers.size());
+    EXPECT_EQ(survey.zeroed.page_count(), region_pages - numbers.size());
+  }
+
+  GuestMemory memory;
+  std::optional<Region> region;
+  void* own = nullptr;
+};
+
+const char* const no_watch = "this kernel has no asynchronous write protection (Linux 6.7)";
+
+class WriteWatchOf : public PopulatedMemory {};
+
+TEST_P(WriteWatchOf, ProvesWhatWasNotWritten) {
+  if (!arm()) GTEST_SKIP() << no_watch;
+  expect_touched({0x110, 0x4FF});
+  *host(0x120) = std::byte{1};
+  *host(0x130) = std::byte{0};
+  ASSERT_TRUE(memory.write_value(GuestAddress(0x140 * page_size), std::uint8_t{1}));
+  static_cast<void>(*host(0x150)); // a read is no write
+  int ends[2];
+  ASSERT_EQ(pipe(ends), 0);
+  ASSERT_EQ(::write(ends[1], "data", 4), 4);
+  ASSERT_EQ(::read(ends[0], const_cast<std::byte*>(host(0x160)), 4), 4);
+  close(ends[0]);
+  close(ends[1]);
+  char word[] = "word";
+  iovec from{word, 4};
+  iovec into{const_cast<std::byte*>(host(0x170)), 4};
+  ASSERT_EQ(process_vm_writev(getpid(), &from, 1, &into, 1, 0), 4);
+  expect_touched({0x110, 0x120, 0x130, 0x140, 0x160, 0x170, 0x4FF});
+  const Survey survey = memory.survey();
+  ASSERT_TRUE(survey.regions[0].watch);
+  EXPECT_EQ(survey.regions[0].watch->written_pages, 7U);
+  EXPECT_EQ(survey.regions[0].watch->zero_pages, region_pages - 7);
+  EXPECT_TRUE(memory.disarm_write_watch(start));
+  EXPECT_FALSE(memory.disarm_write_watch(start));
+  EXPECT_TRUE(memory.survey().zeroed.empty());
+}
+
+TEST_P(WriteWatchOf, BelievesAPromise) {
+  for (const std::uint64_t page : {0x110U, 0x4FFU})
+    for (std::uint64_t i = 0; i < page_size; ++i)
+      *(host(page) + i) = std::byte{0};
+  if (!arm(Baseline::promise)) GTEST_SKIP() << no_watch;
+  expect_touched({});
+  *host(0x200) = std::byte{1};
+  expect_touched({0x200});
+}
+
+TEST_P(WriteWatchOf, KeepsAWrittenPageWhoseEntryIsGone) {
+  if (!arm()) GTEST_SKIP() << no_watch;
+  *host(0x200) = std::byte{1};
+  // What reclaim does to shared memory, and a balloon to private memory.
+  ASSERT_EQ(madvise(const_cast<std::byte*>(host(0x200)), 2 * page_size, MADV_DONTNEED), 0);
+  const Survey survey = memory.survey();
+  if (GetParam() == Backing::anonymous) {
+    expect_touched({0x110, 0x4FF}); // it reads zero again
+    *host(0x200) = std::byte{1};
+  }
+  EXPECT_TRUE(memory.survey().touched.contains(PageNumber(0x200)));
+  EXPECT_TRUE(memory.survey().zeroed.contains(PageNumber(0x202)));
+}
+
+TEST_P(WriteWatchOf, SurvivesBeingPagedOut) {
+  if (!arm()) GTEST_SKIP() << no_watch;
+  *host(0x200) = std::byte{1};
+  // Where there is swap, the entries change their form.
+  madvise(region->host_address(), bytes, 21 /* MADV_PAGEOUT, Linux 5.4 */);
+  const Survey survey = memory.survey();
+  for (const std::uint64_t page : {0x110U, 0x200U, 0x4FFU})
+    EXPECT_FALSE(survey.zeroed.contains(PageNumber(page))) << page;
+  EXPECT_EQ(survey.zeroed.page_count(), region_pages - 3);
+}
+
+TEST_P(WriteWatchOf, OfSharedMemoryNeedsAPromise) {
+  const auto armed = memory.arm_write_watch(start);
+  if (GetParam() == Backing::anonymous) {
+    if (!armed) EXPECT_EQ(armed.error().code, MemoryErrc::unavailable);
+  } else {
+    EXPECT_EQ(armed.error().code, MemoryErrc::invalid_argument);
+  }
+}
+
+TEST_P(WriteWatchOf, IsArmedOnceARegionAndGoesWithIt) {
+  if (!arm()) GTEST_SKIP() << no_watch;
+  EXPECT_EQ(memory.arm_write_watch(start, {.written_through_this_mapping_only = true}).error().code,
+            MemoryErrc::invalid_argument);
+  EXPECT_EQ(memory.arm_write_watch(GuestAddress(0)).error().code, MemoryErrc::not_backed);
+  ASSERT_TRUE(memory.remove_region(start));
+  ASSERT_TRUE(memory.add_region(*region));
+  EXPECT_TRUE(memory.survey().zeroed.empty()) << "the watch went with the region";
+  ASSERT_TRUE(arm());
+  expect_touched({0x110, 0x4FF});
+}
+
+TEST_P(WriteWatchOf, CountsForNothingWhereTheMemoryIsNoLongerWatched) {
+  if (!arm()) GTEST_SKIP() << no_watch;
+  // Memory that was moved there comes with its data, and without the watch.
+  void* other = mmap(nullptr, page_size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  ASSERT_NE(other, MAP_FAILED);
+  *static_cast<volatile char*>(other) = 1;
+  void* const at = const_cast<std::byte*>(host(0x200));
+  ASSERT_EQ(mremap(other, page_size, page_size, MREMAP_MAYMOVE | MREMAP_FIXED, at), at);
+  EXPECT_FALSE(memory.survey().zeroed.contains(PageNumber(0x200)));
+}
+
+TEST_P(WriteWatchOf, CountsForNothingInAForkedChild) {
+  if (!arm()) GTEST_SKIP() << no_watch;
+  const pid_t child = fork();
+  if (child == 0) {
+    *host(0x300) = std::byte{1};
+    _exit(memory.survey().zeroed.contains(PageNumber(0x300)) ? 1 : 0);
+  }
+  int status = 0;
+  ASSERT_EQ(waitpid(child, &status, 0), child);
+  EXPECT_TRUE(WIFEXITED(status) && WEXITSTATUS(status) == 0);
+}
+
+TEST_P(WriteWatchOf, IsExactForRandomWriters) {
+  if (!arm()) GTEST_SKIP() << no_watch;
+  std::mt19937 random(11);
+  PageSet expected = each({0x110, 0x4FF});
+  for (int round = 0; round < 40; ++round) {
+    for (int i = 0; i < 12; ++i) {
+      const std::uint64_t page = 0x100 + random() % region_pages;
+      *(host(page) + random() % page_size) = std::byte{1};
+      expected.add(pages(page, 1));
+    }
+    ASSERT_EQ(memory.survey().touched, expected) << "round " << round;
+  }
+}
+
+std::string name_of(const testing::TestParamInfo<Backing>& info) { return to_string(info.param); }
+
+const auto kinds = testing::Values(Backing::anonymous, Backing::memfd, Backing::shared_anonymous);
+INSTANTIATE_TEST_SUITE_P(All, WriteWatchOf, kinds, name_of);
+
+TEST(WriteWatch, SeesPagesWithinAHugePage) {
+  constexpr std::uint64_t huge = 512 * page_size;
+  const Region region = *Region::anonymous(GuestAddress(0), 2 * huge);
+  madvise(region.host_address(), 2 * huge, MADV_HUGEPAGE);
+  auto* const host = static_cast<volatile std::byte*>(region.host_address());
+  host[5 * page_size] = std::byte{1};
+  if (*region.huge_page_bytes() == 0) GTEST_SKIP() << "the kernel gave no huge page";
+  GuestMemory memory(*MemoryMap::make({region}));
+  EXPECT_EQ(memory.survey().touched.page_count(), 512U);
+  const auto armed = memory.arm_write_watch(GuestAddress(0));
+  if (!armed && armed.error().code == MemoryErrc::unavailable) GTEST_SKIP() << no_watch;
+  ASSERT_TRUE(armed) << armed.error().message();
+  EXPECT_EQ(memory.survey().touched, each({5}));
+  host[7 * page_size] = std::byte{1};
+  host[700 * page_size] = std::byte{1};
+  const Survey survey = memory.survey();
+  EXPECT_FALSE(survey.zeroed.contains(PageNumber(5)));
+  EXPECT_FALSE(survey.zeroed.contains(PageNumber(7)));
+  EXPECT_FALSE(survey.zeroed.contains(PageNumber(700)));
+  EXPECT_GE(survey.zeroed.page_count(), 510U);
+}
+
+TEST(WriteWatch, IsNotForFiles) {
+  const int fd = memfd_create("snapshot", MFD_CLOEXEC);
+  ASSERT_EQ(ftruncate(fd, bytes), 0);
+  GuestMemory memory(*MemoryMap::make(
+      {*Region::private_file(start, bytes, fd, 0), *Region::anonymous(GuestAddress(0), page_size, RegionKind::rom)}));
+  EXPECT_EQ(memory.arm_write_watch(start).error().code, MemoryErrc::unavailable);
+  EXPECT_EQ(memory.arm_write_watch(GuestAddress(0)).error().code, MemoryErrc::read_only);
+  close(fd);
+}
+
+/// A log that a test fills by hand.
+struct TestLog {
+  std::vector<std::uint64_t> fresh; // since it was asked last
+  bool fails = false;
+
+  [[nodiscard]] WriteLog log() {
+    return {.collect = [this](PageRange range, std::span<std::uint64_t> bitmap) -> MemoryResult<void> {
+      if (fails) return std::unexpected(MemoryError{.code = MemoryErrc::os, .os_error = EIO, .operation = "test"});
+      for (const auto page : fresh)
+        if (range.contains(PageNumber(page))) {
+          const std::uint64_t bit = page - range.first().value();
+          bitmap[bit / 64] |= std::uint64_t{1} << (bit % 64);
+        }
+      fresh.clear();
+      return {};
+    }};
+  }
+};
+
+class WriteLogOf : public PopulatedMemory {};
+
+TEST_P(WriteLogOf, ThatIsCompleteProvesWhatIsNeitherInItNorRecorded) {
+  TestLog test;
+  ASSERT_TRUE(memory.begin_write_log(test.log(), {.complete = true}));
+  expect_touched({0x110, 0x4FF});
+  test.fresh = {0x200, 0x201, 0x4FE};
+  ASSERT_TRUE(memory.write_value(GuestAddress(0x300 * page_size - 4), std::uint64_t{0}));
+  const std::byte more[2 * page_size] = {};
+  ASSERT_TRUE(memory.load(GuestAddress(0x400 * page_size), more));
+  expect_touched({0x110, 0x200, 0x201, 0x2FF, 0x300, 0x400, 0x401, 0x4FE, 0x4FF});
+  // What is new in it comes on top of what was before.
+  test.fresh = {0x203};
+  const Survey survey = memory.survey();
+  const TouchedMap touched = survey.touched_map();
+  EXPECT_EQ(touched.at(PageNumber(0x200)), Toucher::guest);
+  EXPECT_EQ(touched.at(PageNumber(0x203)), Toucher::guest);
+  EXPECT_EQ(touched.at(PageNumber(0x300)), Toucher::host);
+  EXPECT_EQ(touched.at(PageNumber(0x110)), Toucher::unknown);
+  EXPECT_EQ(touched.at(PageNumber(0x202)), Touchers());
+  ASSERT_TRUE(survey.regions[0].log);
+  EXPECT_EQ(survey.regions[0].log->zero_pages, region_pages - 10);
+  EXPECT_TRUE(memory.end_write_log());
+  EXPECT_FALSE(memory.end_write_log());
+  EXPECT_TRUE(memory.survey().zeroed.empty());
+}
+
+TEST_P(WriteLogOf, ThatIsNotCompleteOnlyTellsWhoWrote) {
+  TestLog test;
+  ASSERT_TRUE(memory.begin_write_log(test.log()));
+  test.fresh = {0x200};
+  ASSERT_TRUE(memory.write_value(GuestAddress(0x300 * page_size), std::uint8_t{0}));
+  const Survey survey = memory.survey();
+  EXPECT_TRUE(survey.zeroed.empty());
+  EXPECT_FALSE(survey.regions[0].log);
+  EXPECT_EQ(survey.touched_map().at(PageNumber(0x200)), Toucher::guest);
+  EXPECT_EQ(survey.touched_map().at(PageNumber(0x300)), Toucher::host);
+  EXPECT_EQ(survey.touched_map().at(PageNumber(0x301)), Toucher::unknown);
+}
+
+TEST_P(WriteLogOf, ThatFailedOnceCountsForNothing) {
+  TestLog test;
+  ASSERT_TRUE(memory.begin_write_log(test.log(), {.complete = true}));
+  test.fails = true;
+  EXPECT_TRUE(memory.survey().zeroed.empty());
+  test.fails = false;
+  const Survey survey = memory.survey();
+  EXPECT_TRUE(survey.zeroed.empty()) << "what the failed call took out of the log is lost";
+  ASSERT_TRUE(survey.regions[0].log && survey.regions[0].log->error);
+  EXPECT_EQ(survey.regions[0].log->error->os_error, EIO);
+}
+
+TEST_P(WriteLogOf, IsOneAtATimeAndBeginsAnew) {
+  TestLog test;
+  ASSERT_TRUE(memory.begin_write_log(test.log(), {.complete = true}));
+  EXPECT_EQ(memory.begin_write_log(test.log()).error().code, MemoryErrc::invalid_argument);
+  GuestMemory other(*MemoryMap::make({*region}));
+  EXPECT_EQ(other.begin_write_log(test.log()).error().code, MemoryErrc::invalid_argument)
+      << "two records would take each other's bits";
+  ASSERT_TRUE(memory.write_value(GuestAddress(0x300 * page_size), std::uint8_t{0}));
+  ASSERT_TRUE(memory.end_write_log());
+  ASSERT_TRUE(other.begin_write_log(test.log(), {.complete = true}));
+  EXPECT_EQ(other.survey().touched, each({0x110, 0x4FF}));
+  ASSERT_TRUE(memory.write_value(GuestAddress(0x301 * page_size), std::uint8_t{0}));
+  EXPECT_EQ(other.survey().touched, each({0x110, 0x301, 0x4FF})) << "other maps' accessors are recorded too";
+}
+
+TEST_P(WriteLogOf, KnowsNothingOfRegionsThatCameLater) {
+  TestLog test;
+  ASSERT_TRUE(memory.begin_write_log(test.log(), {.complete = true}));
+  const Region later = *Region::anonymous(GuestAddress(0), page_size);
+  *static_cast<volatile char*>(later.host_address()) = 1;
+  ASSERT_TRUE(memory.add_region(later));
+  EXPECT_TRUE(memory.survey().touched.contains(PageNumber(0)));
+  // One that went and came back is such a region as well.
+  ASSERT_TRUE(memory.remove_region(start));
+  ASSERT_TRUE(memory.add_region(*region));
+  EXPECT_TRUE(memory.survey().zeroed.empty());
+}
+
+INSTANTIATE_TEST_SUITE_P(All, WriteLogOf, kinds, name_of);
+
+TEST(WriteLogs, OfOddSizesEndWithTheRegion) {
+  // The last word of the bitmap has bits beyond the region's end.
+  const Region region = *Region::anonymous(start, 70 * page_size);
+  madvise(region.host_address(), region.bytes(), MADV_POPULATE_WRITE);
+  GuestMemory memory(*MemoryMap::make({region}));
+  ASSERT_TRUE(memory.begin_write_log({.collect = [](PageRange, std::span<std::uint64_t> bitmap) -> MemoryResult<void> {
+                                       EXPECT_EQ(bitmap.size(), 2U);
+                                       bitmap[1] = UINT64_MAX;
+                                       return {};
+                                     }},
+                                     {.complete = true}));
+  const Survey survey = memory.survey();
+  EXPECT_EQ(survey.zeroed, PageSet(pages(0x100, 64)));
+}
+
+} // namespace
