@@ -6,6 +6,7 @@
 ///     if (result) set_rax(*result); else inject_undefined_opcode();
 export module cppvmm.hv_ext;
 export import :boot_zeroed_memory;
+export import :dirty_log;
 export import :error;
 export import :extended_hypercalls;
 export import :hyperv;
