@@ -4,13 +4,11 @@
 #include <cstdio>
 #include <cstdlib>
 #include <fcntl.h>
-#include <fstream>
 #include <gtest/gtest.h>
 #include <initializer_list>
 #include <linux/magic.h>
 #include <linux/userfaultfd.h>
 #include <string>
-#include <sys/file.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
@@ -18,6 +16,9 @@
 #include <sys/wait.h>
 #include <unistd.h>
 #include <vector>
+
+#include "support/huge_pages.hpp"
+
 import cppvmm.guest_memory;
 
 // The kinds of memory whose evidence is of their own: huge pages, files, shared anonymous memory, userfaultfd.
@@ -37,36 +38,9 @@ void store(const Region& region, std::uint64_t offset, char value = 1) {
 
 constexpr EvidenceSource sources[] = {EvidenceSource::automatic, EvidenceSource::legacy};
 
-/// Sees to it that the host's pool has free huge pages, and gives them back. One test at a time, in all processes.
-class HugePages : public testing::Test {
-protected:
-  static constexpr const char* pool = "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages";
-  static constexpr const char* free_pages = "/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages";
-  static constexpr long wanted = 16;
+class HugetlbPages : public test::HugePagesTest {};
 
-  void SetUp() override {
-    lock = open("/proc/self/exe", O_RDONLY | O_CLOEXEC);
-    ASSERT_EQ(flock(lock, LOCK_EX), 0);
-    before = number(pool);
-    std::ofstream(pool) << before + wanted;
-    if (number(free_pages) < wanted) GTEST_SKIP() << "the host's pool of huge pages cannot be made larger (needs root)";
-  }
-  void TearDown() override {
-    if (before >= 0) std::ofstream(pool) << before;
-    close(lock);
-  }
-
-  static long number(const char* path) {
-    long value = -1;
-    std::ifstream(path) >> value;
-    return value;
-  }
-
-  int lock = -1;
-  long before = -1;
-};
-
-TEST_F(HugePages, OfPrivateMemoryAreToldApart) {
+TEST_F(HugetlbPages, OfPrivateMemoryAreToldApart) {
   const Region region = *Region::hugetlb(GuestAddress(0), 8 * huge, HugePageSize::two_mib);
   const GuestMemory memory(*MemoryMap::make({region}));
   for (const auto source : sources)
@@ -82,7 +56,7 @@ TEST_F(HugePages, OfPrivateMemoryAreToldApart) {
   }
 }
 
-TEST_F(HugePages, OfAFileCountOnlyIfAllAreMappedHere) {
+TEST_F(HugetlbPages, OfAFileCountOnlyIfAllAreMappedHere) {
   const Region region = *Region::hugetlb_memfd(GuestAddress(0), 8 * huge, HugePageSize::two_mib);
   const GuestMemory memory(*MemoryMap::make({region}));
   store(region, 3 * huge + 5);
@@ -112,7 +86,7 @@ TEST_F(HugePages, OfAFileCountOnlyIfAllAreMappedHere) {
   EXPECT_EQ(memory.survey().zeroed.page_count(), 6 * 512U);
 }
 
-TEST_F(HugePages, AreAdoptedAsWhatTheyAre) {
+TEST_F(HugetlbPages, AreAdoptedAsWhatTheyAre) {
   void* host = mmap(nullptr, 2 * huge, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_HUGETLB, -1, 0);
   ASSERT_NE(host, MAP_FAILED);
   EXPECT_EQ(Region::adopt(GuestAddress(0), {host, 2 * huge, Backing::anonymous}).error().code,
