@@ -49,6 +49,11 @@ static bool fits_without_file(Backing backing, const ProcMapping& mapping) {
   }
 }
 
+/// Pages of a private file that were discarded: anonymous memory took their place.
+static bool is_replaced(Backing backing, const ProcMapping& mapping) {
+  return backing == Backing::private_file && fits_without_file(Backing::anonymous, mapping);
+}
+
 MemoryResult<void> check_backing(const FileMapping& mapped, Backing backing, RegionKind kind) {
   const auto start = reinterpret_cast<std::uintptr_t>(mapped.host);
   const auto refuse = [&](MemoryErrc code, const char* operation, int os_error = 0) {
@@ -78,7 +83,7 @@ MemoryResult<void> check_backing(const FileMapping& mapped, Backing backing, Reg
     fits = fits && !mapping.is_filled_on_demand;
     if (!has_file(backing))
       fits = fits && fits_without_file(backing, mapping);
-    else
+    else if (!is_replaced(backing, mapping))
       // File offset and address advance together, so that one comparison modulo 2^64 covers either order of starts.
       fits = fits && mapping.is_private == is_private && mapping.inode == file.st_ino &&
              mapping.device_major == major(file.st_dev) && mapping.device_minor == minor(file.st_dev) &&

@@ -80,7 +80,7 @@ enum class FileChanges : std::uint8_t { any_time, never };
 /// Of shared anonymous memory: the same, through /proc/self/map_files.
 [[nodiscard]] RegionEvidence shared_anonymous_evidence(const void* host, std::uint64_t bytes, EvidenceSource source);
 
-/// Of a private file mapping: data of the file, and private copies.
+/// Of a private file mapping: data of the file, and private copies. Parts of it may be anonymous memory by now.
 [[nodiscard]] RegionEvidence private_file_evidence(const FileMapping& mapping, EvidenceSource source);
 
 /// Whether every page of the mapping is of the kind that its owner stated, accessible, and not for a userfaultfd
