@@ -23,8 +23,9 @@ import :write_watch;
 namespace cppvmm {
 
 struct GuestMemory::State {
-  mutable std::mutex mutex;
+  mutable std::mutex mutex; // of the map
   std::shared_ptr<const MemoryMap> map;
+  mutable std::mutex marks_mutex; // held through discards, and taken before the other one
   TouchedMap marks;
   // Held while a watch or log begins or ends, which can take as long as reading all memory.
   std::mutex changing_writes;
@@ -210,18 +211,37 @@ bool GuestMemory::end_write_log() {
 }
 
 void GuestMemory::mark_touched(PageRange pages, Touchers by) {
-  const std::lock_guard lock(state_->mutex);
+  const std::lock_guard lock(state_->marks_mutex);
   state_->marks.mark(pages, by);
 }
 
 void GuestMemory::clear_marks(PageRange pages) {
-  const std::lock_guard lock(state_->mutex);
+  const std::lock_guard lock(state_->marks_mutex);
   state_->marks.clear(pages);
 }
 
 TouchedMap GuestMemory::marks() const {
-  const std::lock_guard lock(state_->mutex);
+  const std::lock_guard lock(state_->marks_mutex);
   return state_->marks;
+}
+
+// Marks are cleared after the pages were discarded, and nobody reads or makes one in between: a survey that does not
+// see them reads them after the pages became zero, and a mark made meanwhile is not lost.
+MemoryResult<Discarded> GuestMemory::discard(const PageSet& pages) {
+  const std::lock_guard lock(state_->marks_mutex);
+  const auto map = snapshot();
+  auto done = map->discard(pages);
+  // Of another map, the marks may be of other memory.
+  if (done && snapshot() == map)
+    for (const PageRange& range : pages.ranges())
+      state_->marks.clear(range);
+  return done;
+}
+
+MemoryResult<Discarded> GuestMemory::reset(const PageSet& keep) {
+  PageSet pages = snapshot()->pages(RegionKind::ram);
+  pages.remove(keep);
+  return discard(pages);
 }
 
 Survey GuestMemory::survey(const SurveyOptions& options) const {

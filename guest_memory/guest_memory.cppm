@@ -83,6 +83,16 @@ public:
   /// Whether there was one. Writes before it are forgotten: nothing is known of them any more.
   bool end_write_log();
 
+  /// MemoryMap::discard of the current map, and takes the marks of those pages back, as their content is gone. For a
+  /// balloon that inflates (one that deflates needs nothing); a region that is unplugged is just removed. Calls that
+  /// look at marks wait for it, and so do surveys; snapshot() and accesses do not. When it fails, or when the map is
+  /// replaced meanwhile, the marks stay.
+  [[nodiscard]] MemoryResult<Discarded> discard(const PageSet& pages);
+  /// Discards all RAM of the map but `keep`, which may name pages that are no RAM: a machine's reset that leaves what
+  /// firmware or the VMM put there. Nothing is done when RAM of unknown backing would have to be discarded.
+  /// (A machine that restarts from a snapshot needs another map: private_file regions made anew, and replace().)
+  [[nodiscard]] MemoryResult<Discarded> reset(const PageSet& keep = {});
+
   /// Derives which pages of RAM are known to be zero, from the kernel's books and the marks (see Survey). Every page
   /// that held data before the call began is left out of `zeroed`, whoever wrote it: this process, a vCPU, or another
   /// process that shares the memfd. Never fails: where evidence can't be had, memory counts as touched and the region's

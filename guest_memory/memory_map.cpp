@@ -214,4 +214,56 @@ MemoryResult<void> MemoryMap::check_write(GuestAddress address, std::uint64_t by
                        [](std::byte*, std::uint64_t, std::uint64_t) {});
 }
 
+/// The part of a range that one region has.
+struct RegionPart {
+  const Region* region;
+  PageRange pages;
+};
+
+MemoryResult<Discarded> MemoryMap::discard(const PageSet& pages) const {
+  std::vector<RegionPart> parts;
+  for (const PageRange& range : pages.ranges()) {
+    for (PageNumber at = range.first(); at < range.end();) {
+      const GuestAddress address(at.value() * page_size);
+      const auto refuse = [&](MemoryErrc code) {
+        return std::unexpected(MemoryError{
+            .code = code, .address = address.value(), .length = range.bytes(), .operation = "MemoryMap::discard"});
+      };
+      const Region* region = find(address);
+      if (region == nullptr) return refuse(MemoryErrc::not_backed);
+      if (region->kind() == RegionKind::rom) return refuse(MemoryErrc::read_only);
+      if (region->backing() == Backing::unknown) return refuse(MemoryErrc::unavailable);
+      const PageNumber end = std::min(range.end(), region->pages().end());
+      const auto part = PageRange::make(at, end.value() - at.value());
+      if (!part) return std::unexpected(part.error());
+      parts.push_back({region, *part});
+      at = end;
+    }
+  }
+  Discarded sum;
+  for (const RegionPart& part : parts) {
+    auto done = part.region->discard(part.pages);
+    if (!done) {
+      done.error().completed = (sum.freed_pages + sum.cleared_pages) * page_size;
+      return done;
+    }
+    sum.freed_pages += done->freed_pages;
+    sum.cleared_pages += done->cleared_pages;
+  }
+  return sum;
+}
+
+static bool can_have_huge_pages(Backing backing) {
+  return backing == Backing::anonymous || backing == Backing::memfd || backing == Backing::shared_anonymous ||
+         backing == Backing::private_file;
+}
+
+MemoryResult<void> MemoryMap::set_huge_pages(HugePages use) const {
+  for (const Region& region : regions_) {
+    if (region.kind() != RegionKind::ram || !can_have_huge_pages(region.backing())) continue;
+    if (auto done = region.set_huge_pages(use); !done) return done;
+  }
+  return {};
+}
+
 } // namespace cppvmm

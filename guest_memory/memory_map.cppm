@@ -54,6 +54,12 @@ public:
   /// Whether `write` of that many bytes would succeed now; the error is the one that it would give, nothing is written.
   [[nodiscard]] MemoryResult<void> check_write(GuestAddress address, std::uint64_t bytes) const;
 
+  /// Region::discard of a range or set of pages, which may cross regions. not_backed, read_only or unavailable, with
+  /// the page's address, when one is not RAM that can be discarded: nothing is discarded then.
+  [[nodiscard]] MemoryResult<Discarded> discard(const PageSet& pages) const;
+  /// Region::set_huge_pages of all regions of RAM that can have them. Fails as it does, where it first does.
+  [[nodiscard]] MemoryResult<void> set_huge_pages(HugePages use) const;
+
   template <GuestValue T>
   [[nodiscard]] MemoryResult<T> read_value(GuestAddress address) const {
     T value{};

@@ -20,6 +20,7 @@ struct ProcMapping {
   unsigned device_minor = 0;
   std::uint64_t inode = 0;
   std::string path; ///< As printed: with " (deleted)" where the file has no name; empty for anonymous memory.
+  std::uint64_t page_bytes = 0; ///< KernelPageSize: of a hugetlb mapping, its huge pages.
   /// Registered with a userfaultfd for missing pages or minor faults: someone has yet to fill it.
   bool is_filled_on_demand = false;
 };

@@ -1,4 +1,5 @@
 module;
+#include <algorithm>
 #include <atomic>
 #include <cerrno>
 #include <cstddef>
@@ -9,6 +10,7 @@ module;
 #include <functional>
 #include <linux/memfd.h>
 #include <memory>
+#include <mutex>
 #include <optional>
 #include <span>
 #include <string_view>
@@ -18,6 +20,7 @@ module;
 #include <utility>
 module cppvmm.guest_memory:region.impl;
 import :address;
+import :discard;
 import :error;
 import :evidence;
 import :extents;
@@ -44,6 +47,8 @@ struct Region::Mapping {
   mutable std::atomic<std::atomic<std::uint64_t>*> recorded = nullptr;
   mutable std::atomic<bool> is_recording = false;
   mutable std::atomic<bool> has_recorder = false;
+  std::uint64_t huge_page = 0; // of hugetlb kinds, in bytes; 0 where it is not known
+  mutable ReplacedPages replaced;
 
   Mapping() = default;
   Mapping(const Mapping&) = delete;
@@ -169,6 +174,7 @@ MemoryResult<Region> Region::hugetlb(GuestAddress start, std::uint64_t bytes, Hu
   mapping->pages = *pages;
   mapping->kind = kind;
   mapping->backing = Backing::hugetlb;
+  mapping->huge_page = unit;
   // mmap encodes the page size as memfd_create does. Reserved, for a fault without a page left would be a SIGBUS.
   if (const int error =
           map_huge(*mapping, bytes, MAP_PRIVATE | MAP_ANONYMOUS | MAP_HUGETLB | static_cast<int>(huge_flag(page)), -1))
@@ -185,6 +191,7 @@ MemoryResult<Region> Region::hugetlb_memfd(GuestAddress start, std::uint64_t byt
   mapping->pages = *pages;
   mapping->kind = kind;
   mapping->backing = Backing::hugetlb_memfd;
+  mapping->huge_page = unit;
   mapping->fd = memfd_create("cppvmm-guest", MFD_CLOEXEC | MFD_ALLOW_SEALING | MFD_HUGETLB | huge_flag(page));
   if (mapping->fd < 0) return refuse_huge(start, bytes, errno);
   if (ftruncate(mapping->fd, static_cast<off_t>(bytes)) != 0)
@@ -222,6 +229,17 @@ MemoryResult<Region> Region::private_file(GuestAddress start, std::uint64_t byte
   return Region(std::move(mapping));
 }
 
+/// The size of the huge pages behind adopted memory, in bytes; 0 when it cannot be told.
+static std::uint64_t huge_page_of(const AdoptedMemory& memory) {
+  std::uint64_t bytes = 0;
+  const auto walked = for_each_mapping(reinterpret_cast<std::uintptr_t>(memory.host_address), memory.bytes,
+                                       [&](const ProcMapping& mapping) {
+                                         bytes = std::max(bytes, mapping.page_bytes);
+                                         return true;
+                                       });
+  return walked && (bytes & (bytes - 1)) == 0 ? bytes : 0;
+}
+
 MemoryResult<Region> Region::adopt(GuestAddress start, const AdoptedMemory& memory, RegionKind kind) {
   const auto pages = checked_pages(start, memory.bytes, page_size, "Region::adopt");
   if (!pages) return std::unexpected(pages.error());
@@ -243,6 +261,8 @@ MemoryResult<Region> Region::adopt(GuestAddress start, const AdoptedMemory& memo
   mapping->is_adopted = true;
   mapping->host = memory.host_address;
   mapping->fd_offset = memory.fd_offset;
+  if (memory.backing == Backing::hugetlb || memory.backing == Backing::hugetlb_memfd)
+    mapping->huge_page = huge_page_of(memory);
   if (memory.fd >= 0) {
     // A descriptor of its own: seeking in the embedder's would move the file offset that the embedder may use.
     char path[64];
@@ -361,6 +381,67 @@ MemoryResult<std::uint64_t> Region::resident_bytes() const {
 MemoryResult<std::uint64_t> Region::huge_page_bytes() const {
   return sum_smaps(reinterpret_cast<std::uintptr_t>(host_address()), bytes(),
                    [](std::string_view field) { return field == "AnonHugePages" || field == "ShmemPmdMapped"; });
+}
+
+MemoryResult<Discarded> Region::discard(PageRange range) const {
+  const auto refuse_range = [&](MemoryErrc code) {
+    return refuse(code, range.start_address(), range.bytes(), "Region::discard");
+  };
+  if (range.empty()) return Discarded{};
+  if (range.first() < pages().first() || pages().end() < range.end()) return refuse_range(MemoryErrc::not_backed);
+  if (kind() == RegionKind::rom) return refuse_range(MemoryErrc::read_only);
+  if (backing() == Backing::unknown) return refuse_range(MemoryErrc::unavailable);
+  const std::uint64_t offset = range.start_address().value() - start().value();
+  const DiscardTarget target{.memory = {.fd = mapping_->fd,
+                                        .offset = mapping_->fd_offset + offset,
+                                        .host = static_cast<std::byte*>(mapping_->host) + offset,
+                                        .bytes = range.bytes()},
+                             .backing = backing(),
+                             .is_fd_writable = !is_adopted(),
+                             .huge_page = mapping_->huge_page};
+  if (backing() == Backing::private_file) return discard_private_file(target, range, mapping_->replaced);
+  return discard_memory(target);
+}
+
+// include/uapi/asm-generic/mman-common.h (Linux 5.14), which the headers of older distributions may lack.
+constexpr int advice_populate_write = 23;
+
+MemoryResult<void> Region::populate() const {
+  // In parts: the kernel holds the address space's lock for each.
+  constexpr std::uint64_t at_a_time = std::uint64_t{64} << 20;
+  for (std::uint64_t done = 0; done < bytes();) {
+    const std::uint64_t part = std::min(at_a_time, bytes() - done);
+    if (madvise(static_cast<std::byte*>(host_address()) + done, part, advice_populate_write) == 0) {
+      done += part;
+      continue;
+    }
+    if (errno == EINTR || errno == EAGAIN) continue;
+    const MemoryErrc code = errno == EINVAL ? MemoryErrc::unavailable : MemoryErrc::os;
+    auto refused = refuse(code, start(), bytes(), "MADV_POPULATE_WRITE", errno);
+    refused.error().completed = done;
+    return refused;
+  }
+  return {};
+}
+
+MemoryResult<void> Region::set_huge_pages(HugePages use) const {
+  const auto fail = [&](MemoryErrc code, int os_error) {
+    return refuse(code, start(), bytes(), "Region::set_huge_pages", os_error);
+  };
+  switch (backing()) {
+  case Backing::anonymous:
+  case Backing::memfd:
+  case Backing::shared_anonymous:
+  case Backing::private_file:
+    break;
+  default:
+    return fail(MemoryErrc::unavailable, 0);
+  }
+  const std::lock_guard lock(mapping_->replaced.mutex);
+  if (const int error = advise_huge_pages(host_address(), bytes(), use))
+    return fail(error == EINVAL ? MemoryErrc::unavailable : MemoryErrc::os, error);
+  mapping_->replaced.huge_pages = use;
+  return {};
 }
 
 } // namespace cppvmm

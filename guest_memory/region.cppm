@@ -37,6 +37,20 @@ export enum class HugePageSize : std::uint64_t {
   one_gib = std::uint64_t{1} << 30,
 };
 
+/// What became of discarded pages: all of them read zero. The two sum up to the pages asked for.
+export struct Discarded {
+  std::uint64_t freed_pages = 0;   ///< The host has no memory for them now, as far as this process can tell.
+  std::uint64_t cleared_pages = 0; ///< Overwritten with zeros: the host keeps them, and they count as touched.
+  friend bool operator==(const Discarded&, const Discarded&) = default;
+};
+
+/// Whether the host may back a region with transparent huge pages: without being asked, the administrator's policy
+/// decides (/sys/kernel/mm/transparent_hugepage/enabled), and once it was asked, the kernel has no way back to that.
+export enum class HugePages : std::uint8_t {
+  never,     ///< None from now on (MADV_NOHUGEPAGE); those that are there stay.
+  preferred, ///< Wherever the administrator does not forbid them (MADV_HUGEPAGE).
+};
+
 /// Memory that an embedder mapped itself, with what it states about it. The statement decides which evidence counts, so
 /// that a wrong one could make a page with data pass for zeroed: it is compared with /proc/self/maps at adoption and
 /// again by every survey, and memory that does not fit it counts as touched.
@@ -52,8 +66,8 @@ export struct AdoptedMemory {
 };
 
 /// A range of guest-physical addresses and the host memory behind it. A cheap handle: copies share the memory, which
-/// is unmapped with the last of them. Immutable, and so safe to use from any thread. One that was moved from may only
-/// be assigned to or destroyed.
+/// is unmapped with the last of them. What it says of itself never changes, and all of it is safe to use from any
+/// thread. One that was moved from may only be assigned to or destroyed.
 ///
 /// Nothing else may be mapped over a region's memory: a survey that finds other than what it put there (a file, a
 /// device) counts the region as touched.
@@ -115,6 +129,46 @@ public:
   /// The part of the resident set that is in transparent huge pages (AnonHugePages and ShmemPmdMapped in smaps);
   /// `unavailable` for adopted memory that is part of a larger mapping.
   [[nodiscard]] MemoryResult<std::uint64_t> huge_page_bytes() const;
+
+  /// Gives the host memory of the pages back; they read zero until someone writes them, and the next survey reports
+  /// them. For a balloon that inflates, and for a reset. By kind:
+  /// - anonymous: MADV_DONTNEED (MADV_DONTNEED_LOCKED where it is locked; before Linux 5.18 that is cleared);
+  /// - memfd, shared_anonymous, shared_file: a hole in the file, and so for all who share it. Locked memory whose file
+  ///   cannot be opened for writing is cleared, and so are files that are sealed or whose file system has no holes;
+  /// - hugetlb, hugetlb_memfd: whole huge pages are given back to the host's pool, where others may take them: a later
+  ///   access that finds the pool empty is a SIGBUS. Parts of a huge page are cleared, if it is there at all;
+  /// - private_file: the pages are replaced by anonymous private memory, adopted ones too (readable, writable, and
+  ///   without what else was set there: locks, policies, a userfaultfd), for the file's data would come back otherwise.
+  ///   Pages that would make more than 1024 such parts of the region are cleared, so that no guest can use up the
+  ///   mappings that a process may have.
+  ///
+  /// Fails with not_backed (a page is not in the region), read_only (ROM), unavailable (unknown backing), and has then
+  /// done nothing; or with os, and may then have discarded some. Nobody should write the pages meanwhile, as their
+  /// content would be lost or not; a device that writes behind the kernel's back (pinned memory) must not, for its
+  /// writes would go to memory that the guest no longer has. Memory that a userfaultfd handler fills when it is missing
+  /// reads what the handler puts there.
+  ///
+  /// One or two system calls; where pages are cleared, time in proportion to them. No bookkeeping is behind it: an
+  /// embedder may discard on its own (madvise, fallocate) with the same result.
+  [[nodiscard]] MemoryResult<Discarded> discard(PageRange pages) const;
+
+  /// Has the host allocate all of the region now (MADV_POPULATE_WRITE, Linux 5.14), so that no access faults later.
+  /// What it holds stays; of a private_file, all becomes a private copy. unavailable on older kernels; os with ENOMEM,
+  /// EFAULT (nothing can be had there) or EHWPOISON, and `completed` bytes populated.
+  ///
+  /// From then on all pages have entries in the page tables and slots in the page cache: the evidence of untouched
+  /// pages is gone, and every page counts as touched until it is discarded, but for a write watch, a dirty log, or a
+  /// look at the content.
+  [[nodiscard]] MemoryResult<void> populate() const;
+
+  /// Keeps transparent huge pages off the region, or asks for them. One touched byte of a huge page makes 2 MiB
+  /// touched: never until the first answer, and preferred from then on, gives an exact answer and does not cost the
+  /// guest its huge pages, which khugepaged makes of touched memory later and faults of untouched memory at once.
+  ///
+  /// It is for faults in this process: of a memfd, /sys/kernel/mm/transparent_hugepage/shmem_enabled has the first word
+  /// (never: there are none; always: other processes and write(2) get them all the same). unavailable for hugetlb
+  /// kinds, shared_file and unknown, which have none, and where the kernel was built without; else os.
+  [[nodiscard]] MemoryResult<void> set_huge_pages(HugePages use) const;
 
   /// Whether both are handles to the same memory at the same address.
   friend bool operator==(const Region& left, const Region& right) { return left.mapping_ == right.mapping_; }

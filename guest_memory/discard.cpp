@@ -1,0 +1,263 @@
+module;
+#include <algorithm>
+#include <array>
+#include <cerrno>
+#include <cstddef>
+#include <cstdint>
+#include <cstdio>
+#include <expected>
+#include <fcntl.h>
+#include <mutex>
+#include <optional>
+#include <sys/mman.h>
+#include <unistd.h>
+module cppvmm.guest_memory:discard.impl;
+import :address;
+import :discard;
+import :error;
+import :evidence;
+import :extents;
+import :page_set;
+import :region;
+import :survey;
+
+namespace cppvmm {
+
+// include/uapi/asm-generic/mman-common.h (Linux 5.18), which the headers of older distributions lack.
+constexpr int advice_dontneed_locked = 24;
+
+static std::unexpected<MemoryError> refuse(const FileMapping& part, const char* operation, int os_error,
+                                           MemoryErrc code = MemoryErrc::os) {
+  return std::unexpected(MemoryError{.code = code,
+                                     .address = reinterpret_cast<std::uintptr_t>(part.host),
+                                     .length = part.bytes,
+                                     .os_error = os_error,
+                                     .operation = operation});
+}
+
+static std::byte* host_of(const FileMapping& part) { return static_cast<std::byte*>(const_cast<void*>(part.host)); }
+
+/// `bytes` of it, from `offset` on.
+static FileMapping part_of(const FileMapping& memory, std::uint64_t offset, std::uint64_t bytes) {
+  return {.fd = memory.fd, .offset = memory.offset + offset, .host = host_of(memory) + offset, .bytes = bytes};
+}
+
+static DiscardTarget part_of(const DiscardTarget& target, std::uint64_t offset, std::uint64_t bytes) {
+  DiscardTarget part = target;
+  part.memory = part_of(target.memory, offset, bytes);
+  return part;
+}
+
+static Discarded sum(Discarded left, Discarded right) {
+  return {left.freed_pages + right.freed_pages, left.cleared_pages + right.cleared_pages};
+}
+
+static bool is_hugetlb(Backing backing) { return backing == Backing::hugetlb || backing == Backing::hugetlb_memfd; }
+
+/// Stores zeros, as MemoryMap stores: others may access the memory at the same time.
+static void store_zeros(std::byte* host, std::uint64_t bytes) {
+  using Word [[gnu::may_alias]] = std::uint64_t;
+  auto* const words = reinterpret_cast<Word*>(host);
+  for (std::uint64_t i = 0; i < bytes / sizeof(Word); ++i)
+    __atomic_store_n(words + i, Word{0}, __ATOMIC_RELAXED);
+}
+
+/// Clears the pages for which the file has other bytes than zeros, and touches no others.
+static MemoryResult<Discarded> clear_by_file(const FileMapping& part) {
+  alignas(8) std::array<std::uint64_t, 65536 / sizeof(std::uint64_t)> buffer;
+  constexpr std::uint64_t words_per_page = page_size / sizeof(std::uint64_t);
+  Discarded done;
+  for (std::uint64_t at = 0; at < part.bytes;) {
+    const std::uint64_t wanted = std::min<std::uint64_t>(sizeof buffer, part.bytes - at);
+    const ssize_t got = pread(part.fd, buffer.data(), wanted, static_cast<off_t>(part.offset + at));
+    if (got < 0 && errno == EINTR) continue;
+    if (got < 0) return refuse(part, "pread of memory to clear", errno);
+    const std::uint64_t pages = static_cast<std::uint64_t>(got) / page_size;
+    if (pages == 0) return refuse(part, "clear memory: its file ends before it", 0, MemoryErrc::wrong_nature);
+    for (std::uint64_t page = 0; page < pages; ++page) {
+      const auto* const first = buffer.data() + page * words_per_page;
+      if (std::all_of(first, first + words_per_page, [](std::uint64_t word) { return word == 0; })) {
+        ++done.freed_pages;
+      } else {
+        store_zeros(host_of(part) + at + page * page_size, page_size);
+        ++done.cleared_pages;
+      }
+    }
+    at += pages * page_size;
+  }
+  return done;
+}
+
+/// What has no entry in this process's page tables, and so must be found otherwise.
+static MemoryResult<Discarded> clear_unmapped(const DiscardTarget& target) {
+  const FileMapping& part = target.memory;
+  if (part.fd >= 0) return clear_by_file(part);
+  if (target.backing == Backing::shared_anonymous) {
+    // Others may have written it, and there is no file to look into.
+    store_zeros(host_of(part), part.bytes);
+    return Discarded{.cleared_pages = part.bytes / page_size};
+  }
+  return Discarded{.freed_pages = part.bytes / page_size};
+}
+
+/// Overwrites what is there with zeros. What is not there stays so, as far as that can be told: a store would have the
+/// host allocate it.
+static MemoryResult<Discarded> clear(const DiscardTarget& target) {
+  const FileMapping& memory = target.memory;
+  const RegionEvidence mapped =
+      is_hugetlb(target.backing)
+          ? hugetlb_evidence(memory.host, memory.bytes, EvidenceSource::automatic)
+          : page_table_evidence(memory.host, memory.bytes, PageEntries::all, EvidenceSource::automatic);
+  if (mapped.kind == Evidence::none || mapped.touched.size() != 1) {
+    store_zeros(host_of(memory), memory.bytes);
+    return Discarded{.cleared_pages = memory.bytes / page_size};
+  }
+  Discarded done;
+  std::uint64_t at = 0;
+  const auto clear_gap = [&](std::uint64_t end) -> MemoryResult<void> {
+    if (end <= at) return {};
+    const auto gap = clear_unmapped(part_of(target, at * page_size, (end - at) * page_size));
+    if (!gap) return std::unexpected(gap.error());
+    done = sum(done, *gap);
+    return {};
+  };
+  for (const Extent& extent : mapped.touched.front().extents()) {
+    if (auto gap = clear_gap(extent.first); !gap) return std::unexpected(gap.error());
+    store_zeros(host_of(memory) + extent.first * page_size, extent.count * page_size);
+    done.cleared_pages += extent.count;
+    at = extent.end();
+  }
+  if (auto gap = clear_gap(memory.bytes / page_size); !gap) return std::unexpected(gap.error());
+  return done;
+}
+
+static int advise(const FileMapping& part, int advice) {
+  while (madvise(host_of(part), part.bytes, advice) != 0)
+    if (errno != EINTR) return errno;
+  return 0;
+}
+
+static int punch_hole(int fd, const FileMapping& part) {
+  while (fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, static_cast<off_t>(part.offset),
+                   static_cast<off_t>(part.bytes)) != 0)
+    if (errno != EINTR) return errno;
+  return 0;
+}
+
+/// MADV_REMOVE refuses locked memory, which a hole punched through a descriptor does not mind.
+static int remove_from_file(const DiscardTarget& target) {
+  const FileMapping& part = target.memory;
+  if (target.is_fd_writable && punch_hole(part.fd, part) == 0) return 0;
+  const int refused = advise(part, MADV_REMOVE);
+  if (refused == 0 || target.is_fd_writable || part.fd < 0) return refused;
+  char path[64];
+  std::snprintf(path, sizeof path, "/proc/self/fd/%d", part.fd);
+  const int writable = open(path, O_RDWR | O_CLOEXEC);
+  if (writable < 0) return refused;
+  const int error = punch_hole(writable, part);
+  close(writable);
+  return error;
+}
+
+/// Of private anonymous memory, huge pages or not.
+static int drop_private(const FileMapping& part) {
+  const int error = advise(part, MADV_DONTNEED);
+  return error == EINVAL ? advise(part, advice_dontneed_locked) : error;
+}
+
+/// Whether the call does not do this here, so that clearing is left; not that there is no memory at all.
+static bool is_refusal(int error) {
+  return error == EINVAL || error == EPERM || error == EACCES || error == EBADF || error == EOPNOTSUPP ||
+         error == ENODEV || error == ENOSYS || error == EROFS || error == ETXTBSY;
+}
+
+static MemoryResult<Discarded> discard_whole(const DiscardTarget& target) {
+  const bool is_private = target.backing == Backing::anonymous || target.backing == Backing::hugetlb;
+  const int error = is_private ? drop_private(target.memory) : remove_from_file(target);
+  if (error == 0) return Discarded{.freed_pages = target.memory.bytes / page_size};
+  if (is_refusal(error)) return clear(target);
+  return refuse(target.memory, is_private ? "MADV_DONTNEED" : "MADV_REMOVE", error);
+}
+
+MemoryResult<Discarded> discard_memory(const DiscardTarget& target) {
+  const FileMapping& memory = target.memory;
+  if (memory.bytes == 0) return Discarded{};
+  if (!is_hugetlb(target.backing)) return discard_whole(target);
+  if (target.huge_page == 0) return clear(target);
+  // MADV_DONTNEED says that it has discarded a part of a huge page, and does nothing (measured on Linux 6.18); a hole
+  // that is punched in one clears it, but not before Linux 6.0.
+  const auto start = reinterpret_cast<std::uintptr_t>(memory.host);
+  const std::uint64_t mask = target.huge_page - 1;
+  const std::uint64_t head = std::min(memory.bytes, (target.huge_page - (start & mask)) & mask);
+  const std::uint64_t whole = (memory.bytes - head) & ~mask;
+  const std::uint64_t tail = memory.bytes - head - whole;
+  Discarded done;
+  const auto add = [&](const MemoryResult<Discarded>& part) {
+    if (part) done = sum(done, *part);
+    return part.has_value();
+  };
+  if (head > 0)
+    if (const auto part = clear(part_of(target, 0, head)); !add(part)) return part;
+  if (whole > 0)
+    if (const auto part = discard_whole(part_of(target, head, whole)); !add(part)) return part;
+  if (tail > 0)
+    if (const auto part = clear(part_of(target, head + whole, tail)); !add(part)) return part;
+  return done;
+}
+
+static DiscardTarget target_of(const DiscardTarget& target, PageRange all, PageRange pages) {
+  return part_of(target, (pages.first().value() - all.first().value()) * page_size, pages.bytes());
+}
+
+/// Pages that are anonymous already.
+static MemoryResult<Discarded> discard_replaced(DiscardTarget target) {
+  target.backing = Backing::anonymous;
+  target.memory.fd = -1;
+  return discard_memory(target);
+}
+
+MemoryResult<Discarded> discard_private_file(const DiscardTarget& target, PageRange pages, ReplacedPages& replaced) {
+  if (pages.empty()) return Discarded{};
+  const std::lock_guard lock(replaced.mutex);
+  if (replaced.pages.contains(pages)) return discard_replaced(target);
+
+  PageSet after = replaced.pages;
+  after.add(pages);
+  if (after.range_count() <= ReplacedPages::most_ranges) {
+    void* const mapped = mmap(host_of(target.memory), target.memory.bytes, PROT_READ | PROT_WRITE,
+                              MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
+    if (mapped != MAP_FAILED) {
+      replaced.pages = std::move(after);
+      // A refusal changes nothing about what the pages hold.
+      if (replaced.huge_pages) static_cast<void>(advise_huge_pages(mapped, target.memory.bytes, *replaced.huge_pages));
+      return Discarded{.freed_pages = pages.count()};
+    }
+    const int error = errno;
+    // The process may have no mapping left to make, and what was there be as it was; kernels differ in what they undo.
+    if (!check_backing(target.memory, Backing::private_file, RegionKind::ram))
+      return refuse(target.memory, "mmap of anonymous memory over a file's", error);
+  }
+
+  PageSet known = replaced.pages;
+  known.intersect(pages);
+  PageSet rest = pages;
+  rest.remove(known);
+  Discarded done;
+  for (const PageRange& part : known.ranges()) {
+    const auto discarded = discard_replaced(target_of(target, pages, part));
+    if (!discarded) return discarded;
+    done = sum(done, *discarded);
+  }
+  for (const PageRange& part : rest.ranges()) {
+    const auto cleared = clear(target_of(target, pages, part));
+    if (!cleared) return cleared;
+    done = sum(done, *cleared);
+  }
+  return done;
+}
+
+int advise_huge_pages(void* host, std::uint64_t bytes, HugePages use) {
+  return advise({.host = host, .bytes = bytes}, use == HugePages::never ? MADV_NOHUGEPAGE : MADV_HUGEPAGE);
+}
+
+} // namespace cppvmm
