@@ -166,6 +166,37 @@ AnswerFigures describe(const BootZeroedAnswer& answer) {
   return figures;
 }
 
+PageClass class_of(Touchers by) {
+  constexpr std::array<std::pair<Toucher, PageClass>, 3> known = {
+      {{Toucher::host, PageClass::host}, {Toucher::guest, PageClass::guest}, {Toucher::device, PageClass::device}}};
+  auto what = PageClass::unknown;
+  for (const auto& [toucher, drawn] : known)
+    if (by.has(toucher)) what = what == PageClass::unknown ? drawn : PageClass::several;
+  return what;
+}
+
+/// All RAM, by what the survey knows of it.
+std::vector<PictureRange> picture_of(const Survey& survey) {
+  std::vector<PictureRange> result;
+  const auto add = [&](const PageSet& pages, PageClass what) {
+    for (const auto& range : pages.ranges())
+      result.push_back({range.first().value(), range.count(), what});
+  };
+  add(survey.zeroed, PageClass::zeroed);
+  PageSet left_out = survey.ram;
+  left_out.remove(survey.zeroed);
+  left_out.remove(survey.touched);
+  add(left_out, PageClass::left_out);
+  for (const auto& entry : survey.touched_map().entries()) {
+    // Marks may be on pages that are no RAM.
+    PageSet pages = entry.pages;
+    if (!survey.touched.contains(entry.pages)) pages.intersect(survey.touched);
+    add(pages, class_of(entry.by));
+  }
+  std::ranges::sort(result, {}, &PictureRange::first);
+  return result;
+}
+
 /// Adds to `figures` what only a look at the memory tells; an error is one line.
 std::expected<void, std::string> look_at_memory(const MemoryMap& map, AnswerFigures& figures,
                                                 const std::stop_token& stop) {
@@ -186,11 +217,12 @@ std::expected<void, std::string> look_at_memory(const MemoryMap& map, AnswerFigu
 
 /// Called on a vCPU's thread between the answer and the guest's next instruction. The audit has a thread of its own,
 /// so that the vCPU's ticks are those of an answer without it.
-void on_answer(const BootZeroedAnswer& answer, bool with_audit, const MemoryMap& map, Findings& findings,
+void on_answer(const BootZeroedAnswer& answer, const Options& options, const MemoryMap& map, Findings& findings,
                const std::stop_token& stop) noexcept {
   try {
     AnswerFigures figures = describe(answer);
-    if (with_audit) {
+    if (!options.map.empty()) figures.picture = picture_of(answer.survey);
+    if (options.audit) {
       std::expected<void, std::string> looked;
       std::thread([&] {
         try {
@@ -414,7 +446,7 @@ private:
     if (options_.hypercalls == Hypercalls::off) return {};
     HvOptions hv;
     hv.on_boot_zeroed = [this](const BootZeroedAnswer& answer) {
-      on_answer(answer, options_.audit, *memory_->snapshot(), findings_, stop_.get_token());
+      on_answer(answer, options_, *memory_->snapshot(), findings_, stop_.get_token());
     };
     std::optional<HypercallTransport> transport;
     if (options_.hypercalls == Hypercalls::kernel) transport = HypercallTransport::kernel;

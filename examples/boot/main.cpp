@@ -5,10 +5,15 @@
 
 #include <cstdint>
 #include <cstdio>
+#include <cstdlib>
 #include <exception>
 #include <fstream>
 #include <ios>
+#include <optional>
 #include <string>
+#include <string_view>
+#include <sys/ioctl.h>
+#include <unistd.h>
 
 namespace {
 
@@ -19,18 +24,38 @@ int complain(const std::string& text, int status = 1) {
   return status;
 }
 
+bool write_file(const std::string& path, const std::string& text) {
+  std::ofstream file(path, std::ios::binary | std::ios::trunc);
+  file << text << std::flush;
+  return !file.fail();
+}
+
+/// For standard output: as wide as it is, and coloured, where it is a terminal (https://no-color.org).
+std::string terminal_form(const Picture& picture) {
+  const auto variable = [](const char* name) {
+    const char* value = std::getenv(name);
+    return std::string_view(value == nullptr ? "" : value);
+  };
+  winsize size{};
+  const bool terminal = isatty(STDOUT_FILENO) == 1;
+  const unsigned columns =
+      terminal && ioctl(STDOUT_FILENO, TIOCGWINSZ, &size) == 0 && size.ws_col != 0 ? size.ws_col : 80;
+  return to_terminal(picture, columns, terminal && variable("NO_COLOR").empty() && variable("TERM") != "dumb");
+}
+
 int run(const Options& options) {
   const auto ran = run_zeroing_guest(options);
   if (!ran) return complain(ran.error().text, ran.error().status);
   const RunFigures& figures = *ran;
 
   std::fputs((options.json == "-" ? to_json(figures) : to_text(figures)).c_str(), stdout);
+  const auto picture = options.map.empty() ? std::nullopt : to_picture(figures);
+  if (picture && options.json != "-") std::fputs(("\n" + terminal_form(*picture)).c_str(), stdout);
   if (std::fflush(stdout) != 0) return complain("cannot write to standard output");
-  if (!options.json.empty() && options.json != "-") {
-    std::ofstream file(options.json, std::ios::binary | std::ios::trunc);
-    file << to_json(figures) << std::flush;
-    if (!file) return complain("cannot write " + options.json);
-  }
+  if (!options.json.empty() && options.json != "-" && !write_file(options.json, to_json(figures)))
+    return complain("cannot write " + options.json);
+  if (picture && !write_file(options.map, to_svg(*picture))) return complain("cannot write " + options.map);
+  if (!options.map.empty() && !picture) complain("--map: the guest never asked, so there is nothing to draw");
 
   const AuditFigures audit = figures.answer ? figures.answer->audit.value_or(AuditFigures()) : AuditFigures();
   if (audit.unsound_pages != 0)

@@ -112,6 +112,9 @@ std::expected<Options, EarlyExit> parse_options(int argc, const char* const* arg
       ->type_name("PAGES");
   app.add_option("--json", options.json, "Write the figures as JSON to this file (- for standard output)")
       ->type_name("FILE");
+  app.add_option("--map", options.map,
+                 "Draw guest memory as the last answer found it: as SVG to this file, and on standard output")
+      ->type_name("FILE");
   app.add_option("--kvm-device", options.kvm_device, "KVM's device")->capture_default_str()->type_name("FILE");
 
   try {

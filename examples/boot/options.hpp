@@ -20,6 +20,7 @@ struct Options {
   bool audit = false;
   std::uint32_t leftovers = 0; ///< Pages with data in them before the guest starts.
   std::string json;            ///< Where the JSON goes; empty: nowhere, "-": standard output.
+  std::string map;             ///< Where the picture of guest memory goes, as SVG; empty: nowhere.
   std::string kvm_device = "/dev/kvm";
 };
 

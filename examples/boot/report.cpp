@@ -157,4 +157,22 @@ std::string to_text(const RunFigures& figures) {
   return text;
 }
 
+std::optional<Picture> to_picture(const RunFigures& figures) {
+  if (!figures.answer) return std::nullopt;
+  const AnswerFigures& answer = *figures.answer;
+  Picture picture;
+  picture.ranges = answer.picture;
+  picture.backing = to_string(figures.options.backing);
+  for (const auto& region : answer.regions)
+    if (std::ranges::find(picture.evidence, region.evidence) == picture.evidence.end())
+      picture.evidence.push_back(region.evidence);
+  picture.reported_pages = answer.reported_pages;
+  picture.reported_ranges = answer.ranges.size();
+  picture.survey_us = answer.survey_us;
+  if (answer.audit)
+    picture.audit = {.unsound_pages = answer.audit->unsound_pages,
+                     .missed_zero_pages = answer.audit->missed_zero_pages};
+  return picture;
+}
+
 } // namespace cppvmm::boot

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "audit.hpp"
+#include "memory_picture.hpp"
 #include "options.hpp"
 #include "tests/guests/zeroing/abi.hpp"
 
@@ -36,6 +37,7 @@ struct AnswerFigures {
   std::optional<std::uint64_t> transparent_huge_bytes;
   std::optional<AuditFigures> audit;
   double audit_ms = 0;
+  std::vector<PictureRange> picture; ///< All RAM at that moment; with --map only.
 };
 
 /// How often each hypercall arrived, by call code.
@@ -73,5 +75,8 @@ struct RunFigures {
 
 /// A few lines for a person.
 [[nodiscard]] std::string to_text(const RunFigures& figures);
+
+/// Guest memory as the last answer found it; nothing when the guest never asked.
+[[nodiscard]] std::optional<Picture> to_picture(const RunFigures& figures);
 
 } // namespace cppvmm::boot

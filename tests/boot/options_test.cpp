@@ -24,12 +24,13 @@ TEST(BootOptions, HaveTheDocumentedDefaults) {
   EXPECT_EQ(options->hypercalls, Hypercalls::automatic);
   EXPECT_FALSE(options->audit);
   EXPECT_EQ(options->json, "");
+  EXPECT_EQ(options->map, "");
   EXPECT_EQ(options->kvm_device, "/dev/kvm");
 }
 
 TEST(BootOptions, AreTaken) {
   const auto options = parse({"--memory", "1G", "--cpus", "4", "--backing", "memfd", "--hypercalls", "kernel",
-                              "--guest", "zeroing", "--audit", "--json", "out.json"});
+                              "--guest", "zeroing", "--audit", "--json", "out.json", "--map", "out.svg"});
   ASSERT_TRUE(options);
   EXPECT_EQ(options->memory_bytes, 1U << 30);
   EXPECT_EQ(options->cpus, 4U);
@@ -37,6 +38,7 @@ TEST(BootOptions, AreTaken) {
   EXPECT_EQ(options->hypercalls, Hypercalls::kernel);
   EXPECT_TRUE(options->audit);
   EXPECT_EQ(options->json, "out.json");
+  EXPECT_EQ(options->map, "out.svg");
 }
 
 TEST(BootOptions, SizesHaveBinarySuffixes) {
@@ -82,7 +84,8 @@ TEST(BootOptions, HelpIsNoMistake) {
   const auto help = parse({"--help"});
   ASSERT_FALSE(help);
   EXPECT_EQ(help.error().status, 0);
-  for (const char* option : {"--memory", "--cpus", "--backing", "--hypercalls", "--guest", "--audit", "--json"})
+  for (const char* option :
+       {"--memory", "--cpus", "--backing", "--hypercalls", "--guest", "--audit", "--json", "--map"})
     EXPECT_NE(help.error().text.find(option), std::string::npos) << option;
 }
 

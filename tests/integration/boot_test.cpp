@@ -5,8 +5,12 @@
 #include <cstdint>
 #include <fcntl.h>
 #include <filesystem>
+#include <fstream>
 #include <gtest/gtest.h>
+#include <iterator>
+#include <map>
 #include <nlohmann/json.hpp>
+#include <regex>
 #include <string>
 #include <tuple>
 #include <unistd.h>
@@ -212,6 +216,62 @@ TEST_F(Boot, AJsonFileThatCannotBeWrittenIsOneLine) {
   const Ended ended = boot({"--memory", "4M", "--json", "/nonexistent/boot.json"});
   EXPECT_EQ(ended.status, 1);
   EXPECT_EQ(ended.err, "cppvmm-boot: cannot write /nonexistent/boot.json\n");
+}
+
+TEST_F(Boot, ThePictureHasEveryPageOfRam) {
+  const auto file = std::filesystem::path(testing::TempDir()) / ("boot-" + std::to_string(getpid()) + ".svg");
+  const Ended ended = boot({"--memory", "16M", "--leftovers", "3", "--audit", "--map", file.string()});
+  ASSERT_EQ(ended.status, 0) << ended.err;
+  EXPECT_EQ(ended.err, "");
+  std::ifstream stream(file);
+  const std::string svg{std::istreambuf_iterator<char>(stream), {}};
+  std::filesystem::remove(file);
+
+  EXPECT_TRUE(svg.starts_with("<svg xmlns=")) << svg;
+  EXPECT_TRUE(svg.ends_with("</svg>\n")) << svg;
+  EXPECT_NE(svg.find("audit: 0 unsound"), std::string::npos) << svg;
+  const std::regex kind("<g data-kind=\"([a-zA-Z ]+)\" data-pages=\"([0-9]+)\">");
+  std::map<std::string, std::uint64_t> pages;
+  for (auto match = std::sregex_iterator(svg.begin(), svg.end(), kind); match != std::sregex_iterator(); ++match)
+    pages[(*match)[1]] = std::stoull((*match)[2]);
+  std::uint64_t ram = 0;
+  for (const auto& [word, count] : pages)
+    ram += count;
+  EXPECT_EQ(ram, 4096U) << "this much has no hole";
+  for (const char* word : {"zeroed", "host", "guest", "device", "unknown"})
+    EXPECT_TRUE(pages.contains(word)) << word;
+  EXPECT_GT(pages["zeroed"], 0U);
+  EXPECT_LT(pages["zeroed"], 4096U);
+
+  const auto usual = ended.out.find("memory      16.0 MiB");
+  const auto picture = ended.out.find("\n\nGuest memory: 16 MiB, anonymous\n");
+  EXPECT_EQ(usual, 0U) << ended.out;
+  ASSERT_NE(picture, std::string::npos) << ended.out;
+  for (const char* part : {"+0 ", "     0  ", "15 MiB  ", "  UU  unknown ", "one character is 16 KiB"})
+    EXPECT_NE(ended.out.find(part, picture), std::string::npos) << part << ended.out;
+  EXPECT_EQ(ended.out.find('\033'), std::string::npos) << "a file has no colours";
+}
+
+TEST_F(Boot, ThePictureIsNotMixedIntoJson) {
+  const auto file = std::filesystem::path(testing::TempDir()) / ("boot-json-" + std::to_string(getpid()) + ".svg");
+  const json figures = boot_json({"--memory", "4M", "--map", file.string()});
+  EXPECT_FALSE(figures.is_null());
+  EXPECT_TRUE(std::filesystem::remove(file));
+}
+
+TEST_F(Boot, APictureThatCannotBeWrittenIsOneLine) {
+  const Ended ended = boot({"--memory", "4M", "--map", "/nonexistent/boot.svg"});
+  EXPECT_EQ(ended.status, 1);
+  EXPECT_EQ(ended.err, "cppvmm-boot: cannot write /nonexistent/boot.svg\n");
+}
+
+TEST_F(Boot, WithoutAnAnswerThereIsNothingToDraw) {
+  const auto file = std::filesystem::path(testing::TempDir()) / ("boot-none-" + std::to_string(getpid()) + ".svg");
+  const Ended ended = boot({"--memory", "4M", "--hypercalls", "off", "--map", file.string()});
+  EXPECT_EQ(ended.status, 0);
+  EXPECT_EQ(ended.err, "cppvmm-boot: --map: the guest never asked, so there is nothing to draw\n");
+  EXPECT_EQ(ended.out.find("Guest memory"), std::string::npos) << ended.out;
+  EXPECT_FALSE(std::filesystem::remove(file));
 }
 
 class BootInterrupted : public Boot, public testing::WithParamInterface<int> {};
