@@ -5,8 +5,10 @@
 #include <algorithm>
 #include <array>
 #include <boost/asio/io_context.hpp>
+#include <boost/asio/post.hpp>
 #include <boost/asio/signal_set.hpp>
 #include <boost/asio/steady_timer.hpp>
+#include <boost/asio/thread_pool.hpp>
 #include <cerrno>
 #include <chrono>
 #include <condition_variable>
@@ -29,7 +31,8 @@
 #include <variant>
 #include <vector>
 
-import cppvmm.guest_memory;
+#include "ram.hpp"
+
 import cppvmm.hv_ext;
 import cppvmm.vcpu;
 import cppvmm.vcpu_group;
@@ -65,46 +68,6 @@ std::string explain_open(const std::string& path, const KvmError& error) {
   default:
     return path + " is unusable: " + error.message();
   }
-}
-
-std::string explain_memory(const Options& options, const MemoryError& error) {
-  std::string text = "no guest memory: " + error.message();
-  if (options.backing == MemoryBacking::hugetlb && error.code == MemoryErrc::unavailable)
-    text += "; reserve huge pages first (sysctl vm.nr_hugepages=" + std::to_string(options.memory_bytes >> 21) + ")";
-  return text;
-}
-
-Result<MemoryMap> make_memory(const Options& options, const Layout& layout) {
-  std::vector<Region> regions;
-  for (const auto& ram : layout.ram) {
-    const GuestAddress start(ram.first * page_size);
-    const std::uint64_t bytes = ram.count * page_size;
-    auto region = options.backing == MemoryBacking::anonymous ? Region::anonymous(start, bytes)
-                  : options.backing == MemoryBacking::memfd   ? Region::memfd(start, bytes)
-                                                              : Region::hugetlb(start, bytes, HugePageSize::two_mib);
-    if (!region) return failure(explain_memory(options, region.error()));
-    regions.push_back(std::move(*region));
-  }
-  auto map = MemoryMap::make(std::move(regions));
-  if (!map) return failure(explain_memory(options, map.error()));
-  return std::move(*map);
-}
-
-std::vector<AuditedRegion> audited_ram(const MemoryMap& map) {
-  using Memory = AuditedRegion::Memory;
-  std::vector<AuditedRegion> result;
-  for (const auto& region : map.regions()) {
-    if (region.kind() != RegionKind::ram) continue;
-    result.push_back({.first_page = region.pages().first().value(),
-                      .page_count = region.pages().count(),
-                      .host = region.host_address(),
-                      .memory = region.backing() == Backing::memfd     ? Memory::shared_file
-                                : region.backing() == Backing::hugetlb ? Memory::private_hugetlb
-                                                                       : Memory::private_anonymous,
-                      .fd = region.file_descriptor(),
-                      .fd_offset = region.file_offset()});
-  }
-  return result;
 }
 
 /// What the vCPU threads find out. Its members are used by any of them.
@@ -143,6 +106,28 @@ private:
   std::optional<AnswerFigures> answer_;
 };
 
+std::optional<std::string> describe(const std::optional<MemoryError>& error) {
+  return error ? std::optional(error->message()) : std::nullopt;
+}
+
+std::optional<WatchFigures> describe(const std::optional<WatchReport>& watch) {
+  if (!watch) return std::nullopt;
+  return WatchFigures{.written_pages = watch->written_pages,
+                      .zero_pages = watch->zero_pages,
+                      .us = Microseconds(watch->cost).count(),
+                      .error = describe(watch->error)};
+}
+
+std::optional<ContentFigures> describe(const std::optional<ContentCheckReport>& content) {
+  if (!content) return std::nullopt;
+  return ContentFigures{.checked_pages = content->checked_pages,
+                        .zero_pages = content->zero_pages,
+                        .absent_pages = content->absent_pages,
+                        .unchecked_pages = content->unchecked_pages,
+                        .us = Microseconds(content->cost).count(),
+                        .error = describe(content->error)};
+}
+
 AnswerFigures describe(const BootZeroedAnswer& answer) {
   AnswerFigures figures;
   PageSet reported;
@@ -158,11 +143,17 @@ AnswerFigures describe(const BootZeroedAnswer& answer) {
     figures.regions.push_back({.first_page = region.pages.first().value(),
                                .page_count = region.pages.count(),
                                .kind = region.kind == RegionKind::ram ? "ram" : "rom",
+                               .backing = to_string(region.backing),
                                .evidence = to_string(region.evidence),
+                               .watch = describe(region.watch),
+                               .log = describe(region.log),
+                               .content = describe(region.content),
                                .touched_pages = region.touched_pages,
+                               .zeroed_pages = region.zeroed_pages,
+                               .given_up_pages = region.given_up_pages,
                                .unaccounted_pages = region.unaccounted_pages,
                                .survey_us = Microseconds(region.cost).count(),
-                               .error = region.error ? std::optional(region.error->message()) : std::nullopt});
+                               .error = describe(region.error)});
   return figures;
 }
 
@@ -207,7 +198,9 @@ std::expected<void, std::string> look_at_memory(const MemoryMap& map, AnswerFigu
     if (!bytes) return std::unexpected("audit: " + bytes.error().message());
     huge += *bytes;
   }
-  auto audited_pages = audit(audited_ram(map), figures.ranges, stop);
+  auto ram = audited_ram(map);
+  if (!ram) return std::unexpected(std::move(ram.error()));
+  auto audited_pages = audit(ram->regions, figures.ranges, stop);
   if (!audited_pages) return std::unexpected(std::move(audited_pages.error()));
   figures.transparent_huge_bytes = huge;
   figures.audit = *audited_pages;
@@ -376,9 +369,10 @@ public:
     if (options_.cpus > kvm->capabilities().max_vcpus)
       return failure("--cpus is too many: KVM gives a VM at most " + std::to_string(kvm->capabilities().max_vcpus));
 
-    auto map = make_memory(options_, layout_);
-    if (!map) return std::unexpected(std::move(map.error()));
-    memory_ = std::make_unique<GuestMemory>(std::move(*map));
+    auto ram = make_ram(options_, layout_);
+    if (!ram) return failure(std::move(ram.error()));
+    mappings_ = std::move(ram->mappings);
+    memory_ = std::make_unique<GuestMemory>(std::move(ram->map));
     if (auto loaded = memory_->load(GuestAddress(zeroing::image_address), layout_.block); !loaded)
       return failure(loaded.error().message());
     for (const std::uint64_t page : spread_pages(layout_, options_.leftovers)) {
@@ -390,14 +384,15 @@ public:
     auto vm = kvm->create_vm();
     if (!vm) return failure("KVM makes no VM: " + vm.error().message());
     vm_ = std::make_unique<Vm>(std::move(*vm));
-    std::uint32_t slot = 0;
-    for (const auto& region : memory_->snapshot()->regions()) {
-      const MemorySlot memory_slot{.slot = slot++,
-                                   .guest_address = region.start().value(),
-                                   .bytes = region.bytes(),
-                                   .host_address = region.host_address()};
-      if (auto set = vm_->set_memory_slot(memory_slot); !set) return failure(set.error().message());
+    std::vector<MemorySlot> slots;
+    for (const auto map = memory_->snapshot(); const auto& region : map->regions()) {
+      slots.push_back({.slot = static_cast<std::uint32_t>(slots.size()),
+                       .guest_address = region.start().value(),
+                       .bytes = region.bytes(),
+                       .host_address = region.host_address()});
+      if (auto set = vm_->set_memory_slot(slots.back()); !set) return failure(set.error().message());
     }
+    if (auto known = know_writes(std::move(slots)); !known) return known;
     if (auto made = make_hyperv(); !made) return made;
     return make_vcpus(*cpuid);
   }
@@ -442,12 +437,42 @@ public:
   }
 
 private:
+  /// From here on this program writes guest memory through the accessors alone.
+  Result<void> know_writes(std::vector<MemorySlot> slots) {
+    if (options_.write_watch)
+      for (const auto map = memory_->snapshot(); const auto& region : map->regions())
+        if (auto armed = memory_->arm_write_watch(region.start(), {.written_through_this_mapping_only = true}); !armed)
+          return failure("--write-watch: " + armed.error().message());
+    if (!options_.dirty_log) return {};
+    auto log = DirtyLog::start(*vm_, *memory_, std::move(slots), {.complete = true});
+    if (!log) return failure("--dirty-log: " + log.error().message());
+    dirty_log_.emplace(std::move(*log));
+    return {};
+  }
+
+  /// After the first answer: what was kept up for its sake is so no longer.
+  void end_preparations() {
+    std::call_once(preparations_ended_, [this] {
+      for (const auto map = memory_->snapshot(); const auto& region : map->regions())
+        memory_->disarm_write_watch(region.start());
+      if (dirty_log_)
+        if (auto stopped = dirty_log_->stop(); !stopped) findings_.fail("--dirty-log: " + stopped.error().message());
+      if (options_.huge_pages != HugePageUse::after_answer) return;
+      if (auto set = memory_->snapshot()->set_huge_pages(HugePages::preferred); !set)
+        findings_.fail("--thp after-answer: " + set.error().message());
+    });
+  }
+
   Result<void> make_hyperv() {
     if (options_.hypercalls == Hypercalls::off) return {};
     HvOptions hv;
     hv.on_boot_zeroed = [this](const BootZeroedAnswer& answer) {
       on_answer(answer, options_, *memory_->snapshot(), findings_, stop_.get_token());
+      end_preparations();
     };
+    if (options_.content_check)
+      hv.survey.content_check =
+          ContentCheckOptions{.executor = [this](auto task) { boost::asio::post(helpers_, std::move(task)); }};
     std::optional<HypercallTransport> transport;
     if (options_.hypercalls == Hypercalls::kernel) transport = HypercallTransport::kernel;
     if (options_.hypercalls == Hypercalls::user) transport = HypercallTransport::user;
@@ -506,7 +531,9 @@ private:
     const zeroing::Pages lives_in = layout_.lives_in();
     const std::uint64_t after = lives_in.first + lives_in.count;
     const std::array<ReportedRange, 2> to_be_zero = {{{0, lives_in.first}, {after, layout_.end / page_size - after}}};
-    const auto found = audit(audited_ram(map), to_be_zero);
+    const auto ram = audited_ram(map);
+    if (!ram) return std::unexpected(ram.error());
+    const auto found = audit(ram->regions, to_be_zero);
     if (!found) return std::unexpected(found.error());
     return found->unsound_pages;
   }
@@ -563,8 +590,12 @@ private:
 
   Options options_;
   Layout layout_;
+  std::vector<std::shared_ptr<OwnMapping>> mappings_;
   std::unique_ptr<GuestMemory> memory_;
   std::unique_ptr<Vm> vm_;
+  std::optional<DirtyLog> dirty_log_;
+  std::once_flag preparations_ended_;
+  boost::asio::thread_pool helpers_{std::max(std::thread::hardware_concurrency(), 1U)};
   std::optional<Hyperv> hyperv_;
   std::vector<Vcpu> vcpus_;
   Gate gate_;

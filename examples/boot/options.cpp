@@ -16,8 +16,17 @@ constexpr std::uint64_t minimum_memory = 4 * mebi;
 // KVM_MEM_MAX_NR_PAGES).
 constexpr std::uint64_t maximum_memory = std::uint64_t{8} << 40;
 
-const std::map<std::string, MemoryBacking> backings = {
-    {"anonymous", MemoryBacking::anonymous}, {"memfd", MemoryBacking::memfd}, {"hugetlb", MemoryBacking::hugetlb}};
+const std::map<std::string, MemoryBacking> backings = {{"anonymous", MemoryBacking::anonymous},
+                                                       {"memfd", MemoryBacking::memfd},
+                                                       {"shared-anonymous", MemoryBacking::shared_anonymous},
+                                                       {"hugetlb", MemoryBacking::hugetlb},
+                                                       {"hugetlb-memfd", MemoryBacking::hugetlb_memfd},
+                                                       {"private-file", MemoryBacking::private_file},
+                                                       {"shared-file", MemoryBacking::shared_file}};
+const std::map<std::string, HugePageUse> huge_page_uses = {{"system", HugePageUse::system},
+                                                           {"never", HugePageUse::never},
+                                                           {"always", HugePageUse::always},
+                                                           {"after-answer", HugePageUse::after_answer}};
 const std::map<std::string, Hypercalls> transports = {{"auto", Hypercalls::automatic},
                                                       {"kernel", Hypercalls::kernel},
                                                       {"user", Hypercalls::user},
@@ -56,6 +65,7 @@ std::string check_memory(const std::string& text) {
 
 const char* to_string(MemoryBacking backing) { return word_for(backings, backing); }
 const char* to_string(Hypercalls hypercalls) { return word_for(transports, hypercalls); }
+const char* to_string(HugePageUse use) { return word_for(huge_page_uses, use); }
 
 std::optional<std::uint64_t> parse_size(std::string_view text) {
   std::uint64_t value = 0;
@@ -78,6 +88,7 @@ std::expected<Options, EarlyExit> parse_options(int argc, const char* const* arg
   std::string memory = "128M";
   std::string backing = "anonymous";
   std::string hypercalls = "auto";
+  std::string huge_pages = "system";
   std::string guest = "zeroing";
 
   CLI::App app("Boots a guest on KVM that wants its memory zeroed, and tells it which memory is zero already.",
@@ -90,7 +101,10 @@ std::expected<Options, EarlyExit> parse_options(int argc, const char* const* arg
       ->capture_default_str()
       ->type_name("N")
       ->check(CLI::Range(std::size_t{1}, zeroing::max_cpus));
-  app.add_option("--backing", backing, "What holds guest RAM: anonymous, memfd or hugetlb (2 MiB pages)")
+  app.add_option(
+         "--backing", backing,
+         "What holds guest RAM: anonymous, memfd, shared-anonymous, hugetlb, hugetlb-memfd (2 MiB pages), private-file "
+         "or shared-file (sparse, in $TMPDIR or /var/tmp)")
       ->capture_default_str()
       ->type_name("KIND")
       ->check(one_of(backings));
@@ -104,6 +118,20 @@ std::expected<Options, EarlyExit> parse_options(int argc, const char* const* arg
       ->capture_default_str()
       ->type_name("NAME")
       ->check(CLI::IsMember({"zeroing"}));
+  app.add_option("--thp", huge_pages,
+                 "Transparent huge pages: system (as the host has it), never, always, after-answer (from the first "
+                 "answer on)")
+      ->capture_default_str()
+      ->type_name("WHEN")
+      ->check(one_of(huge_page_uses));
+  app.add_flag("--populate", options.populate, "Have all RAM present before the guest starts");
+  app.add_flag("--write-watch", options.write_watch,
+               "Until the first answer, watch which pages are written (userfaultfd, Linux 6.7): exact for RAM that is "
+               "present as a whole");
+  app.add_flag("--dirty-log", options.dirty_log,
+               "Until the first answer, keep KVM's dirty log: the same for the guest's writes, and it tells who wrote");
+  app.add_flag("--content-check", options.content_check,
+               "Look for zeros in pages that are touched: they may be in use, as firmware's are");
   app.add_flag("--audit", options.audit,
                "Re-read all RAM by another way right after the answer, and count pages that it got wrong");
   app.add_option("--leftovers", options.leftovers,
@@ -128,8 +156,12 @@ std::expected<Options, EarlyExit> parse_options(int argc, const char* const* arg
   options.memory_bytes = parse_size(memory).value_or(0);
   options.backing = backings.at(backing);
   options.hypercalls = transports.at(hypercalls);
-  if (options.backing == MemoryBacking::hugetlb && options.memory_bytes % (2 * mebi) != 0)
+  options.huge_pages = huge_page_uses.at(huge_pages);
+  const bool is_huge = options.backing == MemoryBacking::hugetlb || options.backing == MemoryBacking::hugetlb_memfd;
+  if (is_huge && options.memory_bytes % (2 * mebi) != 0)
     return std::unexpected(EarlyExit{2, "cppvmm-boot: --memory: must be a multiple of 2 MiB for --backing hugetlb\n"});
+  if (is_huge && options.huge_pages != HugePageUse::system)
+    return std::unexpected(EarlyExit{2, "cppvmm-boot: --thp: hugetlb pages are not transparent\n"});
   return options;
 }
 

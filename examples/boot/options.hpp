@@ -9,7 +9,17 @@
 
 namespace cppvmm::boot {
 
-enum class MemoryBacking : std::uint8_t { anonymous, memfd, hugetlb };
+enum class MemoryBacking : std::uint8_t {
+  anonymous,
+  memfd,
+  shared_anonymous,
+  hugetlb,
+  hugetlb_memfd,
+  private_file,
+  shared_file,
+};
+/// Transparent huge pages.
+enum class HugePageUse : std::uint8_t { system, never, always, after_answer };
 enum class Hypercalls : std::uint8_t { automatic, kernel, user, off };
 
 struct Options {
@@ -17,6 +27,11 @@ struct Options {
   std::uint32_t cpus = 1;
   MemoryBacking backing = MemoryBacking::anonymous;
   Hypercalls hypercalls = Hypercalls::automatic;
+  HugePageUse huge_pages = HugePageUse::system;
+  bool populate = false;      ///< RAM is present before the guest starts.
+  bool write_watch = false;   ///< Until the first answer.
+  bool dirty_log = false;     ///< Until the first answer.
+  bool content_check = false; ///< In each survey.
   bool audit = false;
   std::uint32_t leftovers = 0; ///< Pages with data in them before the guest starts.
   std::string json;            ///< Where the JSON goes; empty: nowhere, "-": standard output.
@@ -27,6 +42,7 @@ struct Options {
 /// The words that the command line and the JSON use.
 [[nodiscard]] const char* to_string(MemoryBacking backing);
 [[nodiscard]] const char* to_string(Hypercalls hypercalls);
+[[nodiscard]] const char* to_string(HugePageUse use);
 
 /// What to do instead of running: print `text` and exit with `status`.
 struct EarlyExit {

@@ -50,17 +50,43 @@ Json guest_json(const RunFigures& figures) {
 
 Json number_or_null(const std::optional<std::uint64_t>& number) { return number ? Json(*number) : Json(); }
 
+Json text_or_null(const std::optional<std::string>& text) { return text ? Json(*text) : Json(); }
+
+Json watch_json(const std::optional<WatchFigures>& watch) {
+  if (!watch) return {};
+  return {{"written_pages", watch->written_pages},
+          {"zero_pages", watch->zero_pages},
+          {"us", watch->us},
+          {"error", text_or_null(watch->error)}};
+}
+
+Json content_json(const std::optional<ContentFigures>& content) {
+  if (!content) return {};
+  return {{"checked_pages", content->checked_pages},
+          {"zero_pages", content->zero_pages},
+          {"absent_pages", content->absent_pages},
+          {"unchecked_pages", content->unchecked_pages},
+          {"us", content->us},
+          {"error", text_or_null(content->error)}};
+}
+
 Json regions_json(const AnswerFigures& answer) {
   Json regions = Json::array();
   for (const auto& region : answer.regions)
     regions.push_back({{"first_page", region.first_page},
                        {"page_count", region.page_count},
                        {"kind", region.kind},
+                       {"backing", region.backing},
                        {"evidence", region.evidence},
+                       {"write_watch", watch_json(region.watch)},
+                       {"dirty_log", watch_json(region.log)},
+                       {"content_check", content_json(region.content)},
                        {"touched_pages", region.touched_pages},
+                       {"zeroed_pages", region.zeroed_pages},
                        {"unaccounted_pages", region.unaccounted_pages},
+                       {"given_up_pages", region.given_up_pages},
                        {"survey_us", region.survey_us},
-                       {"error", region.error ? Json(*region.error) : Json()}});
+                       {"error", text_or_null(region.error)}});
   return regions;
 }
 
@@ -100,6 +126,11 @@ std::string to_json(const RunFigures& figures) {
       {"cpus", figures.options.cpus},
       {"leftovers", figures.options.leftovers},
       {"backing", to_string(figures.options.backing)},
+      {"thp", to_string(figures.options.huge_pages)},
+      {"populate", figures.options.populate},
+      {"write_watch", figures.options.write_watch},
+      {"dirty_log", figures.options.dirty_log},
+      {"content_check", figures.options.content_check},
       {"hypercalls", to_string(figures.transport)},
       {"kernel_release", figures.kernel_release},
       {"calls", calls},
@@ -163,9 +194,15 @@ std::optional<Picture> to_picture(const RunFigures& figures) {
   Picture picture;
   picture.ranges = answer.picture;
   picture.backing = to_string(figures.options.backing);
-  for (const auto& region : answer.regions)
-    if (std::ranges::find(picture.evidence, region.evidence) == picture.evidence.end())
-      picture.evidence.push_back(region.evidence);
+  const auto add_evidence = [&](const std::string& word) {
+    if (std::ranges::find(picture.evidence, word) == picture.evidence.end()) picture.evidence.push_back(word);
+  };
+  for (const auto& region : answer.regions) {
+    add_evidence(region.evidence);
+    if (region.watch && !region.watch->error) add_evidence("write_watch");
+    if (region.log && !region.log->error) add_evidence("dirty_log");
+    if (region.content) add_evidence("content_check");
+  }
   picture.reported_pages = answer.reported_pages;
   picture.reported_ranges = answer.ranges.size();
   picture.survey_us = answer.survey_us;

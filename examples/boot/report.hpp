@@ -13,13 +13,37 @@
 
 namespace cppvmm::boot {
 
-/// What the survey went by in one region; see cppvmm.guest_memory's RegionSurvey.
+/// What a write watch or the dirty log added; see cppvmm.guest_memory's WatchReport.
+struct WatchFigures {
+  std::uint64_t written_pages = 0;
+  std::uint64_t zero_pages = 0;
+  double us = 0;
+  std::optional<std::string> error;
+};
+
+/// What the look at content added; see ContentCheckReport.
+struct ContentFigures {
+  std::uint64_t checked_pages = 0;
+  std::uint64_t zero_pages = 0;
+  std::uint64_t absent_pages = 0;
+  std::uint64_t unchecked_pages = 0;
+  double us = 0;
+  std::optional<std::string> error;
+};
+
+/// What the survey went by in one region; see RegionSurvey.
 struct RegionFigures {
   std::uint64_t first_page = 0;
   std::uint64_t page_count = 0;
   std::string kind;
+  std::string backing;
   std::string evidence;
+  std::optional<WatchFigures> watch;
+  std::optional<WatchFigures> log;
+  std::optional<ContentFigures> content;
   std::uint64_t touched_pages = 0;
+  std::uint64_t zeroed_pages = 0;
+  std::uint64_t given_up_pages = 0;
   std::uint64_t unaccounted_pages = 0;
   double survey_us = 0;
   std::optional<std::string> error;

@@ -1,0 +1,38 @@
+// The guest's RAM, of the kind that the command line asks for. Include it after all other headers: it imports modules.
+#pragma once
+
+#include "audit.hpp"
+#include "layout.hpp"
+#include "options.hpp"
+
+#include <expected>
+#include <memory>
+#include <string>
+#include <vector>
+
+import cppvmm.guest_memory;
+
+namespace cppvmm::boot {
+
+/// A mapping of this program's own, unmapped with the object.
+class OwnMapping;
+
+/// Regions of RAM, and what of them is this program's own.
+struct Ram {
+  MemoryMap map;
+  /// Outlive the map's regions, which adopted them.
+  std::vector<std::shared_ptr<OwnMapping>> mappings;
+};
+
+/// Makes the RAM that `layout` lists: of the kind, populated, and with huge pages or without, as `options` say. Files
+/// are made in $TMPDIR, else /var/tmp, and have no name. An error is one line for a person.
+[[nodiscard]] std::expected<Ram, std::string> make_ram(const Options& options, const Layout& layout);
+
+/// RAM as the audit reads it, with descriptors that it needs and the map does not have.
+struct AuditedRam {
+  std::vector<AuditedRegion> regions;
+  std::vector<std::shared_ptr<int>> descriptors; ///< Closed with the last copy.
+};
+[[nodiscard]] std::expected<AuditedRam, std::string> audited_ram(const MemoryMap& map);
+
+} // namespace cppvmm::boot
