@@ -468,10 +468,12 @@ std::string svg_cells(const std::vector<Heights>& heights, std::uint64_t left, s
       while (cell < heights.size() && heights[cell][kind] == height && bottom(cell) == bottom(first))
         ++cell;
       const std::string width = std::to_string((cell - first) * cell_width);
-      path += "M" + std::to_string(left + first * cell_width) + " " + std::to_string(top + bottom(first) - height) +
-              "h" + width + "v" + std::to_string(height) + "h-" + width + "z";
+      path.append("M").append(std::to_string(left + first * cell_width)).append(" ");
+      path.append(std::to_string(top + bottom(first) - height)).append("h").append(width).append("v");
+      path.append(std::to_string(height)).append("h-").append(width).append("z");
     }
-    if (!path.empty()) text += std::string("<path class=\"") + looks[kind].css + "\" d=\"" + path + "\"/>\n";
+    if (path.empty()) continue;
+    text.append("<path class=\"").append(looks[kind].css).append("\" d=\"").append(path).append("\"/>\n");
   }
   return text;
 }
@@ -653,7 +655,7 @@ std::string terminal_legend(const Counts& counts, unsigned columns, Ink ink) {
                        padded_left(kind == not_ram ? "" : percent_text(counts[kind], ram), 9);
     if (line.size() + 28 <= columns) line += std::string("  ") + look.brief;
     line.erase(line.find_last_not_of(' ') + 1);
-    text += "  " + swatch + "  " + line + "\n";
+    text.append("  ").append(swatch).append("  ").append(line).append("\n");
   }
   return text;
 }

@@ -55,13 +55,24 @@ std::vector<Span> pc(std::uint64_t pages) {
 Picture scattered() {
   std::mt19937_64 random(1);
   std::vector<PictureRange> touched;
-  for (std::uint64_t page = 0; page < 60 * gib; page += 1 + random() % 156) {
-    const std::uint64_t count = 1 + random() % 3;
+  for (std::uint64_t page = 0; page < 60 * gib;) {
+    // Of changing density, so that cells differ.
+    const std::uint64_t density = 1 + page / 8192 * 7919 % 13;
+    page += 1 + random() % (110 * 5 / density);
+    const std::uint64_t count = 1 + random() % (3 * density);
     const bool in_hole = page + count > 3 * gib && page < 4 * gib;
     if (!in_hole) touched.push_back({page, count, static_cast<PageClass>(random() % 6)});
     page += count;
   }
   return picture_of(pc(64 * gib), touched);
+}
+
+/// Every cell differs from the one before it.
+Picture ragged() {
+  std::vector<PictureRange> touched;
+  for (std::uint64_t cell = 0; cell < 2048; ++cell)
+    touched.push_back({cell * 8192, 1000 + cell * 1009 % 7000, PageClass::unknown});
+  return picture_of({{0, 64 * gib}}, touched);
 }
 
 std::map<std::string, Picture> pictures() {
@@ -83,6 +94,8 @@ std::map<std::string, Picture> pictures() {
          return picture_of(ram);
        }()},
       {"scattered", scattered()},
+      {"ragged", ragged()},
+      {"no whole pixels", picture_of({{0, gib}}, {{0, 43, PageClass::host}, {200, 11, PageClass::guest}})},
   };
 }
 
@@ -241,12 +254,13 @@ TEST(MemoryPicture, OneZeroedPageAmongTouchedOnesIsSeenToo) {
 }
 
 TEST(MemoryPicture, IsOfBoundedSizeHoweverManyRangesThereAre) {
-  const Picture picture = scattered();
-  ASSERT_GT(picture.ranges.size(), 380'000U) << "200,000 touched ones, and what is between them";
-  const std::string svg = to_svg(picture);
-  EXPECT_LT(all_matches(svg, "<[a-z]").size(), 3000U);
-  EXPECT_LT(svg.size(), 500'000U);
-  EXPECT_LT(lines_of(to_terminal(picture, 80, true)).size(), 40U);
+  ASSERT_GT(scattered().ranges.size(), 380'000U) << "200,000 touched ones, and what is between them";
+  for (const Picture& picture : {scattered(), ragged()}) {
+    const std::string svg = to_svg(picture);
+    EXPECT_LT(all_matches(svg, "<[a-z]").size(), 3000U);
+    EXPECT_LT(svg.size(), 500'000U);
+    EXPECT_LT(lines_of(to_terminal(picture, 80, true)).size(), 40U);
+  }
 }
 
 TEST(MemoryPicture, TextsDoNotOverlapAndAreNotClipped) {
