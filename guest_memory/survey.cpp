@@ -239,7 +239,7 @@ static void survey_region(const Region& region, const SurveyOptions& options, co
     for (const auto& record : writes.log->records) {
       if (record->region() != region) continue;
       WatchReport narrowed = narrow(touched, *writes.log, *record, logged);
-      if (writes.log->is_complete || narrowed.error) report.log = narrowed;
+      if (narrowed.error || (writes.log->is_complete && is_watchable(region.backing()))) report.log = narrowed;
     }
   }
   if (budget) check_content(touched, region, *options.content_check, *budget, report);
