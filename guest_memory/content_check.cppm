@@ -42,11 +42,11 @@ export [[nodiscard]] bool is_supported(ZeroScan scan);
 /// moved about meanwhile so that it is, both times, within the microsecond that a pass takes, taken from the part that
 /// was not read yet to the part that was.
 ///
-/// What is read: pages that are present just before, and are not swapped out. No page of a hole is allocated and none
-/// is swapped in, unless a page is discarded or swapped out in the instant between the look and the read, which then
-/// brings it back. Where the kernel does not tell which pages of a file are present (mincore(2), for files that this
-/// process may not write), all count as present. Memory of unknown kind is never read. Files must not be truncated
-/// meanwhile, nor regions unmapped.
+/// What is read: pages that are present just before, and are not swapped out; of files on disks, those that are mapped
+/// in this process. No page of a hole is allocated and none is swapped in, unless a page is discarded or swapped out in
+/// the instant between the look and the read, which then brings it back. Where mincore(2) does not tell what a file on
+/// tmpfs has in memory (one that this process may not write), what others have swapped out is swapped in. Memory of
+/// unknown kind is never read. Files must not be truncated meanwhile, nor regions unmapped.
 export struct ContentCheckOptions {
   /// Runs the tasks that read beside the calling thread; without one, the calling thread reads alone. The call never
   /// waits for a task that has not begun: an executor that is busy, that drops tasks or that throws costs only their

@@ -31,12 +31,13 @@ import :zero_scan;
 
 // What may be read without bringing anything in is looked up right before, 2 MiB at a time:
 // - A page with a present entry in own page tables is read through the mapping.
-// - Another page of a file in memory is read with pread(2) if mincore(2) finds it in the page cache, whoever put it
-//   there. That allocates nothing in a hole, leaves own page tables alone, and meets a page that broke (memory failure)
-//   with an error where a load would be met with SIGBUS. Swapped-out pages are not in the page cache.
+// - Another page of a memfd is read with pread(2) if mincore(2) finds it in the page cache, whoever put it there. That
+//   allocates nothing in a hole, leaves own page tables alone, and meets a page that broke (memory failure) with an
+//   error where a load would be met with SIGBUS. Swapped-out pages are not in the page cache.
 // - Of hugetlb files, which are never swapped and of which mincore looks at own page tables only, all other pages are
 //   read with pread.
 // - Shared anonymous memory has no descriptor: what is in the page cache is read through the mapping.
+// - Of files on disks no other page is read, cached or not: it can make the kernel read ahead.
 //
 // Results go to a bitmap, a bit for each page found zero, because a guest decides how scattered they are. Threads take
 // blocks of pages that share no word of it.
@@ -45,10 +46,10 @@ namespace cppvmm {
 
 using Clock = std::chrono::steady_clock;
 
-constexpr std::uint64_t block_pages = 2048; // 8 MiB: what a thread takes at a time; a multiple of the bitmap's words
-constexpr std::uint64_t window_pages = 512; // 2 MiB: what is looked up at a time
-constexpr std::uint64_t bounce_pages = 16;  // what is read through a descriptor at a time
-constexpr std::uint64_t word_bits = 64;
+static constexpr std::uint64_t block_pages = 2048; // 8 MiB: what a thread takes at a time; whole words of the bitmap
+static constexpr std::uint64_t window_pages = 512; // 2 MiB: what is looked up at a time
+static constexpr std::uint64_t bounce_pages = 16;  // what is read through a descriptor at a time
+static constexpr std::uint64_t word_bits = 64;
 static_assert(block_pages % window_pages == 0 && window_pages % word_bits == 0);
 
 ContentBudget::ContentBudget(const ContentCheckOptions& options)
@@ -76,7 +77,7 @@ static MemoryError os_error(const char* operation, const FileMapping& mapping, s
 
 /// How pages that own page tables do not have are found and read.
 enum class OtherPages : std::uint8_t {
-  none,           ///< There are none: private memory.
+  none,           ///< Not at all: private memory has none, and of files on disks none is read.
   by_mapping,     ///< In the page cache, through the mapping.
   by_descriptor,  ///< In the page cache, through the descriptor.
   all_descriptor, ///< All, through the descriptor.
@@ -85,7 +86,6 @@ enum class OtherPages : std::uint8_t {
 static OtherPages other_pages(Backing backing) {
   switch (backing) {
   case Backing::memfd:
-  case Backing::shared_file:
     return OtherPages::by_descriptor;
   case Backing::shared_anonymous:
     return OtherPages::by_mapping;
@@ -97,13 +97,13 @@ static OtherPages other_pages(Backing backing) {
 }
 
 /// What to do with a page of a window.
-enum class Plan : std::uint8_t { skip, absent, by_mapping, by_descriptor };
+enum class ReadPlan : std::uint8_t { skip, absent, by_mapping, by_descriptor };
 
 /// What a thread works with, made before it begins: threads allocate nothing.
-struct Worker {
+struct ContentWorker {
   std::array<std::uint64_t, window_pages> entries;
   std::array<unsigned char, window_pages> resident;
-  std::array<Plan, window_pages> plan;
+  std::array<ReadPlan, window_pages> plan;
   alignas(page_size) std::array<std::byte, bounce_pages * page_size> bounce;
   std::uint64_t checked = 0;
   std::uint64_t zero = 0;
@@ -112,14 +112,14 @@ struct Worker {
 };
 
 /// Part of what is to be read: `block_pages` pages from a multiple of these on.
-struct Block {
+struct ContentBlock {
   std::uint64_t largest_extent; ///< Pages of the largest extent that reaches into it.
   std::uint64_t first;
   std::size_t extent; ///< The first that reaches into it.
 };
 
-static std::vector<Block> blocks_of(std::span<const Extent> touched) {
-  std::vector<Block> blocks;
+static std::vector<ContentBlock> blocks_of(std::span<const Extent> touched) {
+  std::vector<ContentBlock> blocks;
   for (std::size_t i = 0; i < touched.size(); ++i) {
     const Extent& extent = touched[i];
     for (std::uint64_t first = extent.first / block_pages * block_pages; first < extent.end(); first += block_pages) {
@@ -130,7 +130,8 @@ static std::vector<Block> blocks_of(std::span<const Extent> touched) {
     }
   }
   // A budget that does not suffice goes where most is to be found.
-  std::ranges::sort(blocks, {}, [](const Block& block) { return std::tuple(~block.largest_extent, block.first); });
+  std::ranges::sort(blocks, {},
+                    [](const ContentBlock& block) { return std::tuple(~block.largest_extent, block.first); });
   return blocks;
 }
 
@@ -169,17 +170,17 @@ private:
 };
 
 /// The work itself, which any number of threads do together, each with a worker of its own.
-class Scan {
+class ContentWork {
 public:
-  Scan(const FileMapping& mapping, OtherPages others, int pagemap, std::span<const Extent> touched, ZeroScan zero_scan,
-       ContentBudget& budget, ZeroPages& zero_pages)
+  ContentWork(const FileMapping& mapping, OtherPages others, int pagemap, std::span<const Extent> touched,
+              ZeroScan zero_scan, ContentBudget& budget, ZeroPages& zero_pages)
       : mapping_(mapping), others_(others), pagemap_(pagemap), touched_(touched), zero_scan_(zero_scan),
         budget_(budget), zero_pages_(zero_pages), blocks_(blocks_of(touched)) {}
 
   [[nodiscard]] std::size_t blocks() const { return blocks_.size(); }
 
   /// Until nothing is left to do, or the budget is spent.
-  void work(Worker& worker) {
+  void work(ContentWorker& worker) {
     for (;;) {
       const std::size_t next = next_.fetch_add(1, std::memory_order_relaxed);
       if (next >= blocks_.size()) return;
@@ -191,7 +192,7 @@ public:
 
 private:
   /// The touched pages among `window_pages` from `first` on; false when the budget is spent. `extent` advances.
-  bool check_window(Worker& worker, std::uint64_t first, std::size_t& extent) {
+  bool check_window(ContentWorker& worker, std::uint64_t first, std::size_t& extent) {
     const std::uint64_t end = first + window_pages;
     while (extent < touched_.size() && touched_[extent].end() <= first)
       ++extent;
@@ -201,34 +202,34 @@ private:
     // From the first touched page of the window to the last.
     const std::uint64_t from = std::max(first, touched_[extent].first);
     std::uint64_t to = from;
-    worker.plan.fill(Plan::skip);
+    worker.plan.fill(ReadPlan::skip);
     for (std::size_t i = extent; i < touched_.size() && touched_[i].first < end; ++i) {
       const std::uint64_t begin = std::max(first, touched_[i].first);
       to = std::min(end, touched_[i].end());
       std::fill(worker.plan.begin() + static_cast<std::ptrdiff_t>(begin - from),
-                worker.plan.begin() + static_cast<std::ptrdiff_t>(to - from), Plan::absent);
+                worker.plan.begin() + static_cast<std::ptrdiff_t>(to - from), ReadPlan::absent);
     }
     look(worker, from, to - from);
 
     const auto plan = std::span(worker.plan).first(to - from);
-    const auto readable = static_cast<std::uint64_t>(
-        std::ranges::count_if(plan, [](Plan page) { return page == Plan::by_mapping || page == Plan::by_descriptor; }));
-    worker.absent += static_cast<std::uint64_t>(std::ranges::count(plan, Plan::absent));
+    const auto readable = static_cast<std::uint64_t>(std::ranges::count_if(
+        plan, [](ReadPlan page) { return page == ReadPlan::by_mapping || page == ReadPlan::by_descriptor; }));
+    worker.absent += static_cast<std::uint64_t>(std::ranges::count(plan, ReadPlan::absent));
     const std::uint64_t granted = budget_.take(readable);
     read(worker, from, plan, granted);
     return granted == readable;
   }
 
   /// Plans how to read those of the pages that are to be read and may be.
-  void look(Worker& worker, std::uint64_t page, std::uint64_t count) const {
+  void look(ContentWorker& worker, std::uint64_t page, std::uint64_t count) const {
     if (!read_entries(worker, page, count)) return;
     bool all_mapped = true;
     for (std::uint64_t i = 0; i < count; ++i) {
-      if (worker.plan[i] == Plan::skip) continue;
+      if (worker.plan[i] == ReadPlan::skip) continue;
       if ((worker.entries[i] & (pagemap_present | pagemap_swapped)) == pagemap_present)
-        worker.plan[i] = Plan::by_mapping;
+        worker.plan[i] = ReadPlan::by_mapping;
       else if (others_ == OtherPages::all_descriptor)
-        worker.plan[i] = Plan::by_descriptor;
+        worker.plan[i] = ReadPlan::by_descriptor;
       else
         all_mapped = false;
     }
@@ -238,12 +239,12 @@ private:
       fail(worker, os_error("mincore", mapping_, page, count, errno));
       return;
     }
-    const Plan resident = others_ == OtherPages::by_mapping ? Plan::by_mapping : Plan::by_descriptor;
+    const ReadPlan resident = others_ == OtherPages::by_mapping ? ReadPlan::by_mapping : ReadPlan::by_descriptor;
     for (std::uint64_t i = 0; i < count; ++i)
-      if (worker.plan[i] == Plan::absent && (worker.resident[i] & 1) != 0) worker.plan[i] = resident;
+      if (worker.plan[i] == ReadPlan::absent && (worker.resident[i] & 1) != 0) worker.plan[i] = resident;
   }
 
-  bool read_entries(Worker& worker, std::uint64_t page, std::uint64_t count) const {
+  bool read_entries(ContentWorker& worker, std::uint64_t page, std::uint64_t count) const {
     const auto host_page = reinterpret_cast<std::uintptr_t>(mapping_.host) / page_size + page;
     auto* const into = reinterpret_cast<std::byte*>(worker.entries.data());
     const std::size_t wanted = count * sizeof(std::uint64_t);
@@ -261,16 +262,17 @@ private:
   }
 
   /// Reads as many of the planned pages as were granted.
-  void read(Worker& worker, std::uint64_t page, std::span<const Plan> plan, std::uint64_t granted) {
+  void read(ContentWorker& worker, std::uint64_t page, std::span<const ReadPlan> plan, std::uint64_t granted) {
     for (std::uint64_t i = 0; i < plan.size() && granted > 0;) {
-      if (plan[i] == Plan::by_mapping) {
+      if (plan[i] == ReadPlan::by_mapping) {
         ++worker.checked;
         --granted;
         if (is_zero_page(zero_scan_, static_cast<const std::byte*>(mapping_.host) + (page + i) * page_size))
           found_zero(worker, page + i);
         ++i;
-      } else if (plan[i] == Plan::by_descriptor) {
-        const auto run_end = std::ranges::find_if(plan.subspan(i), [](Plan p) { return p != Plan::by_descriptor; });
+      } else if (plan[i] == ReadPlan::by_descriptor) {
+        const auto run_end =
+            std::ranges::find_if(plan.subspan(i), [](ReadPlan p) { return p != ReadPlan::by_descriptor; });
         const auto run = static_cast<std::uint64_t>(run_end - plan.subspan(i).begin());
         const std::uint64_t done = read_descriptor(worker, page + i, std::min({run, granted, bounce_pages}));
         granted -= done;
@@ -282,7 +284,7 @@ private:
   }
 
   /// Reads some pages, at least one, through the descriptor, twice; how many.
-  std::uint64_t read_descriptor(Worker& worker, std::uint64_t page, std::uint64_t count) {
+  std::uint64_t read_descriptor(ContentWorker& worker, std::uint64_t page, std::uint64_t count) {
     std::array<bool, bounce_pages> zero{};
     const std::uint64_t once = read_file(worker, page, count);
     for (std::uint64_t i = 0; i < once; ++i)
@@ -298,7 +300,7 @@ private:
   }
 
   /// How many whole pages could be read.
-  std::uint64_t read_file(Worker& worker, std::uint64_t page, std::uint64_t count) const {
+  std::uint64_t read_file(ContentWorker& worker, std::uint64_t page, std::uint64_t count) const {
     const std::size_t wanted = count * page_size;
     std::size_t done = 0;
     while (done < wanted) {
@@ -312,12 +314,12 @@ private:
     return done / page_size;
   }
 
-  void found_zero(Worker& worker, std::uint64_t page) {
+  void found_zero(ContentWorker& worker, std::uint64_t page) {
     ++worker.zero;
     zero_pages_.add(page);
   }
 
-  static void fail(Worker& worker, const MemoryError& error) {
+  static void fail(ContentWorker& worker, const MemoryError& error) {
     if (!worker.error) worker.error = error;
   }
 
@@ -328,18 +330,19 @@ private:
   ZeroScan zero_scan_;
   ContentBudget& budget_;
   ZeroPages& zero_pages_;
-  std::vector<Block> blocks_;
+  std::vector<ContentBlock> blocks_;
   std::atomic<std::size_t> next_ = 0;
 };
 
 /// Lets tasks in until it is closed. Tasks own it together with the caller, who owns everything else.
-class Gate {
+class ContentGate {
 public:
-  Gate(Scan& scan, std::span<const std::unique_ptr<Worker>> workers) : scan_(&scan), workers_(workers) {}
+  ContentGate(ContentWork& scan, std::span<const std::unique_ptr<ContentWorker>> workers)
+      : scan_(&scan), workers_(workers) {}
 
   /// A task's work; nothing once the gate is closed.
   void run() {
-    Worker* worker = nullptr;
+    ContentWorker* worker = nullptr;
     {
       const std::lock_guard lock(mutex_);
       if (scan_ == nullptr || begun_ == workers_.size()) return;
@@ -363,8 +366,8 @@ public:
 private:
   std::mutex mutex_;
   std::condition_variable empty_;
-  Scan* scan_;
-  std::span<const std::unique_ptr<Worker>> workers_;
+  ContentWork* scan_;
+  std::span<const std::unique_ptr<ContentWorker>> workers_;
   std::size_t begun_ = 0;
   std::size_t inside_ = 0;
 };
@@ -376,16 +379,16 @@ static std::size_t tasks_wanted(const ContentCheckOptions& options, std::size_t 
 }
 
 /// The scan by this thread and by as many tasks as the executor gets to.
-static std::vector<std::unique_ptr<Worker>> run(Scan& scan, const ContentCheckOptions& options) {
+static std::vector<std::unique_ptr<ContentWorker>> run(ContentWork& scan, const ContentCheckOptions& options) {
   const std::size_t tasks = tasks_wanted(options, scan.blocks());
-  std::vector<std::unique_ptr<Worker>> workers;
+  std::vector<std::unique_ptr<ContentWorker>> workers;
   for (std::size_t i = 0; i <= tasks; ++i)
-    workers.push_back(std::make_unique_for_overwrite<Worker>());
+    workers.push_back(std::make_unique_for_overwrite<ContentWorker>());
   if (tasks == 0) {
     scan.work(*workers.front());
     return workers;
   }
-  const auto gate = std::make_shared<Gate>(scan, std::span(workers).subspan(1));
+  const auto gate = std::make_shared<ContentGate>(scan, std::span(workers).subspan(1));
   for (std::size_t i = 0; i < tasks; ++i) {
     try {
       options.executor([gate] { gate->run(); });
@@ -428,7 +431,7 @@ ContentScan scan_content(const FileMapping& mapping, Backing backing, std::span<
     without_looking();
     return result;
   }
-  Scan scan(mapping, other_pages(backing), pagemap, touched, resolve(options.scan), budget, zero_pages);
+  ContentWork scan(mapping, other_pages(backing), pagemap, touched, resolve(options.scan), budget, zero_pages);
   const auto workers = run(scan, options);
   close(pagemap);
 

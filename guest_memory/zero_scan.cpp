@@ -16,13 +16,13 @@ import :zero_scan;
 
 namespace cppvmm {
 
-struct Portable {
+struct PortableWidth {
   using Block [[gnu::vector_size(16), gnu::may_alias]] = std::uint64_t;
 };
-struct Avx2 {
+struct Avx2Width {
   using Block [[gnu::vector_size(32), gnu::may_alias]] = std::uint64_t;
 };
-struct Avx512 {
+struct Avx512Width {
   using Block [[gnu::vector_size(64), gnu::may_alias]] = std::uint64_t;
 };
 
@@ -50,13 +50,13 @@ template <class Width>
 }
 
 [[clang::no_sanitize("thread")]] static bool is_zero_portable(const void* page) {
-  return reads_zero_twice<Portable>(page);
+  return reads_zero_twice<PortableWidth>(page);
 }
 [[gnu::target("avx2"), clang::no_sanitize("thread")]] static bool is_zero_avx2(const void* page) {
-  return reads_zero_twice<Avx2>(page);
+  return reads_zero_twice<Avx2Width>(page);
 }
 [[gnu::target("avx512f"), clang::no_sanitize("thread")]] static bool is_zero_avx512(const void* page) {
-  return reads_zero_twice<Avx512>(page);
+  return reads_zero_twice<Avx512Width>(page);
 }
 
 const char* to_string(ZeroScan scan) {
