@@ -14,7 +14,7 @@ export using TaskExecutor = std::function<void(std::function<void()>)>;
 
 /// Which instructions read the content.
 export enum class ZeroScan : std::uint8_t {
-  automatic, ///< The widest that this machine has.
+  automatic, ///< avx2 where this machine has it.
   portable,  ///< What every machine of this architecture has.
   avx2,
   avx512,

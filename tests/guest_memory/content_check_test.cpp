@@ -34,10 +34,10 @@ using namespace cppvmm;
 namespace {
 
 using test::cached_pages;
-/// Content of huge pages.
-class HugePagesContent : public test::HugePagesTest {};
 using test::swapped_pages;
 using test::SwapSpace;
+
+class HugetlbContent : public test::HugePagesTest {};
 
 constexpr std::uint64_t mib = 1 << 20;
 constexpr std::uint64_t huge = 2 * mib;
@@ -214,11 +214,11 @@ TEST(ContentCheck, FindsZerosInSharedAnonymousMemory) {
   munmap(host, random_bytes);
 }
 
-TEST_F(HugePagesContent, HaveTheirZerosFoundByContent) {
+TEST_F(HugetlbContent, HaveTheirZerosFoundByContent) {
   find_zeros_among_data(*Region::hugetlb(GuestAddress(0), 8 * huge, HugePageSize::two_mib));
 }
 
-TEST_F(HugePagesContent, OfAFileHaveTheirZerosFoundWhoeverWroteThem) {
+TEST_F(HugetlbContent, OfAFileHaveTheirZerosFoundWhoeverWroteThem) {
   const Region region = *Region::hugetlb_memfd(GuestAddress(0), 8 * huge, HugePageSize::two_mib);
   const GuestMemory memory(*MemoryMap::make({region}));
   store(region, 3);

@@ -1,0 +1,106 @@
+#include <benchmark/benchmark.h>
+#include <chrono>
+#include <condition_variable>
+#include <cstdint>
+#include <functional>
+#include <mutex>
+#include <stop_token>
+#include <sys/mman.h>
+#include <thread>
+#include <utility>
+#include <vector>
+import cppvmm.guest_memory;
+
+// What it costs to read the content of touched pages. The worst case: 1 GiB that was populated, all of it zero.
+
+using namespace cppvmm;
+
+namespace {
+
+constexpr std::uint64_t gib = 1 << 30;
+
+class ThreadPool {
+public:
+  explicit ThreadPool(unsigned count) {
+    for (unsigned i = 0; i < count; ++i)
+      threads_.emplace_back([this](const std::stop_token& stop) {
+        for (;;) {
+          std::unique_lock lock(mutex_);
+          if (!wake_.wait(lock, stop, [this] { return !tasks_.empty(); })) return;
+          const auto task = std::move(tasks_.back());
+          tasks_.pop_back();
+          lock.unlock();
+          task();
+        }
+      });
+  }
+
+  void post(std::function<void()> task) {
+    const std::lock_guard lock(mutex_);
+    tasks_.push_back(std::move(task));
+    wake_.notify_one();
+  }
+
+private:
+  std::mutex mutex_;
+  std::condition_variable_any wake_;
+  std::vector<std::function<void()>> tasks_;
+  std::vector<std::jthread> threads_; // last, so that they end first
+};
+
+void run(benchmark::State& state, const Region& region, ZeroScan scan, unsigned threads) {
+  if (!is_supported(scan)) return state.SkipWithError("this machine has no such instructions");
+  const GuestMemory memory(*MemoryMap::make({region}));
+  ThreadPool pool(threads - 1);
+  ContentCheckOptions options{.scan = scan};
+  if (threads > 1) {
+    options.executor = [&pool](auto task) { pool.post(std::move(task)); };
+    options.parallel_tasks = threads - 1;
+  }
+  std::uint64_t checked = 0;
+  for (auto _ : state) {
+    const Survey survey =
+        memory.survey({.leave_out = {}, .source = EvidenceSource::automatic, .content_check = options});
+    checked = survey.regions[0].content->checked_pages;
+    state.SetIterationTime(std::chrono::duration<double>(survey.regions[0].content->cost).count());
+  }
+  state.SetBytesProcessed(static_cast<std::int64_t>(checked * page_size) * state.iterations());
+  state.SetLabel(to_string(scan));
+}
+
+void populate(const Region& region, int advice) {
+  madvise(region.host_address(), region.bytes(), advice);
+  for (std::uint64_t page = 0; page < region.pages().count(); ++page)
+    static_cast<volatile char*>(region.host_address())[page * page_size] = 0;
+}
+
+/// Through the mapping: arguments are the instructions, the threads, and whether the memory has huge pages.
+void populated_gibibyte(benchmark::State& state) {
+  const Region region = *Region::anonymous(GuestAddress(0), gib);
+  populate(region, state.range(2) != 0 ? MADV_HUGEPAGE : MADV_NOHUGEPAGE);
+  run(state, region, static_cast<ZeroScan>(state.range(0)), static_cast<unsigned>(state.range(1)));
+}
+BENCHMARK(populated_gibibyte)
+    ->ArgNames({"scan", "threads", "huge"})
+    ->ArgsProduct({{static_cast<int>(ZeroScan::portable), static_cast<int>(ZeroScan::avx2),
+                    static_cast<int>(ZeroScan::avx512)},
+                   {1, 2},
+                   {0, 1}})
+    ->UseManualTime()
+    ->Unit(benchmark::kMillisecond);
+
+/// Through the descriptor: pages of a memfd that are mapped nowhere in this process.
+void populated_gibibyte_of_others(benchmark::State& state) {
+  const Region region = *Region::memfd(GuestAddress(0), gib);
+  populate(region, MADV_NOHUGEPAGE);
+  madvise(region.host_address(), gib, MADV_DONTNEED);
+  run(state, region, ZeroScan::automatic, static_cast<unsigned>(state.range(0)));
+}
+BENCHMARK(populated_gibibyte_of_others)
+    ->ArgName("threads")
+    ->Arg(1)
+    ->Arg(2)
+    ->UseManualTime()
+    ->Unit(benchmark::kMillisecond);
+
+} // namespace
