@@ -1,0 +1,223 @@
+#!/usr/bin/env bash
+# machine.sh --kernel FOLDER [--memory 3G] [--cpus 1] [--timeout 600] [--include PATH[:DEST]]... -- PROGRAM [ARG...]
+#
+# Runs PROGRAM as root in an emulated machine: QEMU's software CPU with AMD's SVM and nested paging, and the kernel of
+# FOLDER (see kernel.sh), whose KVM then runs guests on that CPU. Standard output and error come out here as they are,
+# and so does the exit status. Of its own:
+#   124  it ran longer than --timeout seconds
+#   125  the machine stopped, and PROGRAM had not ended; twice, for it is tried once more
+#   126  the machine cannot be made
+# PROGRAM with a slash is a file of this host; without one it is a busybox applet (sh), else found through PATH. It and each
+# --include (a file or a folder) are in the machine at /NAME, or /DEST, with the shared libraries they need. PROGRAM starts
+# in /tmp; its files are a tmpfs; /proc, /sys, /dev, /dev/shm and the control groups are mounted; there is no network.
+# LAB_CONSOLE names a file for what the machine's kernel says.
+set -euo pipefail
+
+fail() {
+  echo "lab: $*" >&2
+  exit 126
+}
+
+kernel='' memory=3G cpus=1 limit=600 includes=()
+while (($# > 0)); do
+  case $1 in
+    --kernel | --memory | --cpus | --timeout | --include)
+      (($# > 1)) || fail "$1 needs a value"
+      case $1 in
+        --kernel) kernel=$2 ;;
+        --memory) memory=$2 ;;
+        --cpus) cpus=$2 ;;
+        --timeout) limit=$2 ;;
+        --include) includes+=("$2") ;;
+      esac
+      shift 2
+      ;;
+    --)
+      shift
+      break
+      ;;
+    *) fail "no option $1" ;;
+  esac
+done
+(($# > 0)) || fail "no program given"
+[[ $memory =~ ^[0-9]+[MG]$ ]] || fail "--memory: $memory is not a size such as 3G"
+[[ $cpus =~ ^[1-9][0-9]*$ ]] || fail "--cpus: $cpus is not a number"
+[[ $limit =~ ^[1-9][0-9]*$ ]] || fail "--timeout: $limit is not a number of seconds"
+[[ -e $kernel/vmlinuz ]] || fail "no kernel in '$kernel'"
+for tool in qemu-system-x86_64 cpio; do
+  command -v "$tool" >/dev/null || fail "$tool is missing"
+done
+
+work=$(mktemp -d)
+machine=
+# shellcheck disable=SC2317 # The traps call it.
+clean_up() {
+  if [[ -n $machine ]]; then kill "$machine" 2>/dev/null || true; fi
+  rm -rf "$work"
+}
+trap clean_up EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM
+
+# ------------------------------------------------------------------------------------------------------------- packing
+
+root=$work/root
+mkdir -p "$root"/{bin,modules,proc,sys,dev,tmp,root,etc}
+cp "$kernel/busybox" "$root/bin/busybox"
+while read -r applet; do ln -sf busybox "$root/bin/$applet"; done < <("$root/bin/busybox" --list | grep -vx busybox)
+echo 'root:x:0:0:root:/root:/bin/sh' >"$root/etc/passwd"
+cp "$kernel"/modules/*.ko "$root/modules/"
+cp "$kernel/load" "$root/modules/load"
+
+# Debug information is most of a binary, and all of it would go through the machine's memory.
+strip=$(command -v llvm-strip-19 || command -v strip || true)
+
+# add FILE PATH: puts it at PATH of the machine, with the libraries it needs where its loader looks for them.
+add() {
+  local libraries
+  mkdir -p "$(dirname "$root/$2")"
+  cp -L --preserve=mode "$1" "$root/$2"
+  if [[ $(head -c 4 "$1" | tr -d '\0') != $'\177ELF' ]]; then return; fi
+  if [[ -n $strip ]]; then "$strip" --strip-debug "$root/$2" 2>/dev/null || true; fi
+  libraries=$(LC_ALL=C ldd "$1" 2>/dev/null) || return 0
+  if [[ $libraries == *"not found"* ]]; then
+    fail "$1 needs $(sed -n 's/^\t*\([^ ]*\) => not found.*/\1/p' <<<"$libraries" | tr '\n' ' ')which this host lacks"
+  fi
+  while read -r libraries; do
+    if [[ -e $root$libraries ]]; then continue; fi
+    mkdir -p "$(dirname "$root$libraries")"
+    cp -L "$libraries" "$root$libraries"
+  done < <(grep -oE '/[^ ]+' <<<"$libraries")
+}
+
+# free_name PATH: a place in the machine that nothing is at.
+free_name() { [[ ! -e $root/$1 ]] || fail "the machine has a /$1 of its own: give it another name with --include PATH:DEST"; }
+
+for entry in "${includes[@]}"; do
+  source=${entry%%:*}
+  target=${entry#*:}
+  if [[ $target == "$entry" ]]; then target=$(basename "$source"); fi
+  target=${target#/}
+  free_name "$target"
+  if [[ -f $source ]]; then
+    add "$source" "$target"
+  elif [[ -d $source ]]; then
+    mkdir -p "$(dirname "$root/$target")"
+    cp -rL "$source" "$root/$target"
+  else
+    fail "--include: there is no $source"
+  fi
+done
+
+program=$1
+shift
+if [[ $program == */* ]]; then
+  [[ -f $program && -x $program ]] || fail "$program is no program"
+  name=/$(basename "$program")
+elif [[ -e $root/bin/$program ]]; then
+  name=$program
+else
+  name=/$program
+  program=$(type -P "$program") || fail "there is no program $program"
+fi
+if [[ $name == /* ]] && ! cmp -s "$program" "$root$name"; then
+  free_name "${name#/}"
+  add "$program" "${name#/}"
+fi
+
+quoted() {
+  local word
+  for word in "$@"; do printf "'%s' " "${word//\'/\'\\\'\'}"; done
+}
+printf 'exec %s\n' "$(quoted "$name" "$@")" >"$root/command"
+
+# The ports are told apart by the names that QEMU gives them. What the program writes does not go over the console, where
+# the kernel would talk into it.
+cat >"$root/init" <<'INIT'
+#!/bin/sh
+export PATH=/bin:/sbin:/usr/bin:/usr/sbin HOME=/root
+mount -t proc proc /proc
+mount -t sysfs sys /sys
+mount -t devtmpfs dev /dev
+mkdir -p /dev/shm /dev/pts
+mount -t tmpfs shm /dev/shm
+mount -t devpts pts /dev/pts
+mount -t cgroup2 cgroup /sys/fs/cgroup
+ln -s /proc/self/fd /dev/fd
+ln -s /proc/self/fd/0 /dev/stdin
+ln -s /proc/self/fd/1 /dev/stdout
+ln -s /proc/self/fd/2 /dev/stderr
+
+while read -r module; do
+  insmod "/modules/$module.ko" || echo "$module" >>/unloaded
+done </modules/load
+for port in /sys/class/virtio-ports/*; do
+  case $(cat "$port/name") in
+    lab.out) out=/dev/${port##*/} ;;
+    lab.err) err=/dev/${port##*/} ;;
+    lab.status) status=/dev/${port##*/} ;;
+  esac
+done
+if [ ! -c /dev/kvm ]; then
+  echo "lab: this kernel's KVM does not start here$(sed 's/^/, no /' /unloaded 2>/dev/null | tr -d '\n')" >"$err"
+fi
+cd /tmp
+sh /command </dev/null >"$out" 2>"$err"
+echo $? >"$status"
+poweroff -f
+INIT
+chmod +x "$root/init"
+(cd "$root" && find . -print0 | cpio --null --create --format=newc --quiet --owner=0:0) >"$work/initramfs"
+
+# ------------------------------------------------------------------------------------------------------------- running
+
+# run_machine: one run from power on to off; the status of `timeout`.
+run_machine() {
+  local status=0 out err readers=()
+  rm -f "$work"/{out,err,status}
+  mkfifo "$work/out" "$work/err"
+  : >"$work/status"
+  cat "$work/out" &
+  readers+=($!)
+  cat "$work/err" >&2 &
+  readers+=($!)
+  # They read until this end is closed too: QEMU may end before it has opened its own.
+  exec {out}>"$work/out" {err}>"$work/err"
+  # A panic ends the machine, by a restart that QEMU does not make.
+  timeout --foreground "$limit" qemu-system-x86_64 -accel tcg,thread=multi -cpu EPYC,+svm,+npt -smp "$cpus" -m "$memory" \
+    -kernel "$kernel/vmlinuz" -initrd "$work/initramfs" -append 'console=ttyS0 quiet panic=-1 mitigations=off' \
+    -display none -monitor none -nic none -no-reboot -serial "file:$work/console" \
+    -chardev "file,id=out,path=$work/out" -chardev "file,id=err,path=$work/err" \
+    -chardev "file,id=status,path=$work/status" -device virtio-serial-pci \
+    -device virtserialport,chardev=out,name=lab.out -device virtserialport,chardev=err,name=lab.err \
+    -device virtserialport,chardev=status,name=lab.status </dev/null >"$work/qemu" 2>&1 &
+  machine=$!
+  wait "$machine" || status=$?
+  machine=
+  exec {out}>&- {err}>&-
+  wait "${readers[@]}" || true
+  if [[ -n ${LAB_CONSOLE:-} ]]; then cat "$work/console" "$work/qemu" >>"$LAB_CONSOLE" 2>/dev/null || true; fi
+  return "$status"
+}
+
+# The last thing of note that the machine's kernel said, or QEMU when it was not that far.
+last_words() {
+  local words
+  words=$(tr -d '\r' <"$work/console" 2>/dev/null | grep -E 'Kernel panic|BUG:|Oops|RIP:|Out of memory' | head -n 1) ||
+    words=$(tr -d '\r' <"$work/console" 2>/dev/null | grep . | tail -n 1) ||
+    words=$(grep -v 'warning: TCG' "$work/qemu" | tail -n 1) || words='nothing was said'
+  echo "${words#\[*\] }"
+}
+
+if [[ -n ${LAB_CONSOLE:-} ]]; then : >"$LAB_CONSOLE"; fi
+for attempt in 1 2; do
+  status=0
+  run_machine || status=$?
+  if [[ -s $work/status ]]; then exit "$(<"$work/status")"; fi
+  if ((status == 124)); then
+    echo "lab: stopped, for it had run for $limit s" >&2
+    exit 124
+  fi
+  echo "lab: the machine stopped without a status: $(last_words)$( ((attempt == 2)) || echo '; once more')" >&2
+done
+exit 125

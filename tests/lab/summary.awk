@@ -1,0 +1,37 @@
+# What tests.sh printed, a line for each program. Variables: name (of the kernel), expected (the programs, by spaces).
+# Status 1: not everything passed.
+
+# A machine that stopped was started again.
+/^lab: kernel / { delete passed; delete failed; delete skipped; delete names; delete ended }
+
+/^lab: begin / { program = $3 }
+/^lab: end / { program = ""; status[$3] = $4; seconds[$3] = $5; ended[$3] = 1 }
+
+# GoogleTest names a test with its time when it ends, and failed and skipped ones again, without, after all.
+/^\[       OK \] .* \([0-9]+ ms\)$/ { passed[program]++ }
+/^\[  SKIPPED \] .* \([0-9]+ ms\)$/ { skipped[program]++ }
+/^\[  FAILED  \] .* \([0-9]+ ms\)$/ { failed[program]++; names[program] = names[program] "\n  failed: " $4 }
+
+/^lab: passed / { passed[program]++ }
+/^lab: skipped / { skipped[program]++ }
+/^lab: failed / { failed[program]++; names[program] = names[program] "\n  failed: " substr($0, 13) }
+
+END {
+  count = split(expected, programs, " ")
+  for (i = 1; i <= count; i++) {
+    program = programs[i]
+    if (!ended[program]) {
+      print name " " program ": did not come to its end"
+      bad = 1
+      continue
+    }
+    if (status[program] != 0 && !failed[program]) {
+      failed[program] = 1
+      names[program] = "\n  failed: it ended with status " status[program]
+    }
+    if (failed[program] || !passed[program]) bad = 1
+    printf "%s %s: %d passed, %d failed, %d skipped; %d s%s\n", name, program, passed[program], failed[program],
+      skipped[program], seconds[program], names[program]
+  }
+  exit bad
+}
