@@ -1,0 +1,99 @@
+// A region of a case as it lives: its memory, and what the model knows of each of its pages. Include it after all other
+// headers: it imports cppvmm.guest_memory.
+#pragma once
+
+#include "case.hpp"
+
+#include <cstddef>
+#include <cstdint>
+#include <expected>
+#include <memory>
+#include <string>
+#include <vector>
+
+import cppvmm.guest_memory;
+
+namespace cppvmm::oracle {
+
+/// Why a zero page may be missing from an answer. What is missing for no reason is a failure.
+enum class Reason : std::uint8_t {
+  none,
+  written,       ///< Written: zeros, or data that was overwritten with zeros.
+  read,          ///< Read where reading allocates, or where the kernel cannot tell a read from a write.
+  populated,     ///< Populated, locked or collapsed into a huge page beforehand.
+  huge_page,     ///< A neighbour in the same huge page (or block of the file) was touched.
+  other_process, ///< Another process has huge pages of the file that are not mapped here: which, nobody tells.
+  no_evidence,   ///< Nothing proves anything of the whole region.
+  marked,        ///< Marked as touched by the embedder.
+  left_out,      ///< Named in SurveyOptions::leave_out.
+  output_page,   ///< Holds the answer.
+  beyond_255,    ///< In a range that is smaller than the 255 largest.
+};
+inline constexpr unsigned reason_kinds = 11;
+[[nodiscard]] const char* to_string(Reason reason);
+
+/// What a page is known to hold.
+enum class Content : std::uint8_t { zero, data, any };
+
+/// What decides about all of a region.
+struct RegionFacts {
+  bool allocated_unwritten = false; ///< By fallocate(2).
+  bool entries_dropped = false;
+  bool written_elsewhere = false; ///< By a process with a mapping of its own.
+};
+
+class LiveRegion {
+public:
+  /// One line for a person when the host has no such memory.
+  [[nodiscard]] static std::expected<std::unique_ptr<LiveRegion>, std::string> make(const RegionSpec& spec,
+                                                                                    std::uint64_t first_page);
+  LiveRegion(const LiveRegion&) = delete;
+  LiveRegion& operator=(const LiveRegion&) = delete;
+  ~LiveRegion();
+
+  [[nodiscard]] const RegionSpec& spec() const { return spec_; }
+  [[nodiscard]] const Region& region() const { return *region_; }
+  [[nodiscard]] std::uint64_t first_page() const { return first_page_; }
+  [[nodiscard]] std::uint32_t pages() const { return spec_.pages; }
+  [[nodiscard]] std::byte* host(std::uint64_t page) const;
+  /// The file that another process can be given, or -1; and where page 0 is in it.
+  [[nodiscard]] int file() const { return file_; }
+  [[nodiscard]] std::uint64_t file_offset() const { return file_offset_; }
+  [[nodiscard]] bool is_locked() const { return is_locked_; }
+
+  /// Whether pages come and go in units of 2 MiB.
+  [[nodiscard]] bool is_coarse() const;
+
+  /// The model. A page that was written, by value.
+  void wrote(std::uint32_t page, std::uint32_t count, Content content);
+  void touched(std::uint32_t page, std::uint32_t count, Reason why);
+  /// Discarded: what the file holds, or nothing.
+  void discarded(std::uint32_t page, std::uint32_t count);
+  [[nodiscard]] Content content(std::uint32_t page) const { return contents_[page]; }
+  void set_content(std::uint32_t page, Content content) { contents_[page] = content; }
+  /// Why the page may be missing, all things considered but those that concern the answer; `legacy`: to that survey.
+  [[nodiscard]] Reason reason(std::uint32_t page, bool legacy) const;
+  RegionFacts facts;
+
+private:
+  LiveRegion() = default;
+  [[nodiscard]] std::expected<void, std::string> open_snapshot(std::uint64_t slice);
+  [[nodiscard]] std::expected<void, std::string> prepare();
+  [[nodiscard]] std::uint32_t window() const;
+  [[nodiscard]] bool reads_leave_no_trace(bool legacy) const;
+
+  RegionSpec spec_;
+  std::uint64_t first_page_ = 0;
+  std::unique_ptr<Region> region_;
+  void* own_ = nullptr; ///< To unmap.
+  std::size_t own_bytes_ = 0;
+  int own_fd_ = -1; ///< To close.
+  int file_ = -1;
+  std::uint64_t file_offset_ = 0;
+  bool is_locked_ = false;
+  std::vector<Content> file_contents_; ///< What the file of a private mapping holds.
+  std::vector<Content> contents_;
+  std::vector<Reason> reasons_;
+};
+
+} // namespace cppvmm::oracle

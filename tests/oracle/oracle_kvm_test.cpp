@@ -1,0 +1,27 @@
+#include "draw.hpp"
+
+#include <gtest/gtest.h>
+#include <iostream>
+
+#include "session.hpp"
+
+// The same with vCPUs among the writers.
+
+using namespace cppvmm::oracle;
+
+namespace {
+
+TEST(Oracle, FindsEveryAnswerSoundAndCompleteWithVcpus) {
+  const Profile profile{.vcpus = true, .files = false};
+  auto oracle = Oracle::start(true);
+  if (!oracle) GTEST_SKIP() << "no usable KVM: " << oracle.error();
+  const Plan what = plan(400);
+  std::cout << "seed " << what.seed << std::endl;
+  const Session session = run_cases(*oracle, what, profile);
+  std::cout << summary(session.figures) << std::flush;
+  if (session.failure) FAIL() << session.failure->report;
+  EXPECT_EQ(session.figures.cases, what.cases);
+  EXPECT_EQ(session.figures.unexplained(), 0U);
+}
+
+} // namespace
