@@ -25,6 +25,7 @@ const char* to_string(Memory memory) {
 const char* to_string(Writer writer) {
   constexpr const char* names[writer_kinds] = {"typed write",
                                                "raw pointer",
+                                               "raw pointer, scattered",
                                                "write of zeros",
                                                "data, then zeros",
                                                "read",

@@ -59,6 +59,7 @@ struct RegionSpec {
 enum class Writer : std::uint8_t {
   typed_write,
   raw_pointer,
+  scatter, ///< The same, on every second or third page of the region, for an answer with more ranges than fit.
   zero_write,
   data_then_zero,
   read_touch,
@@ -83,7 +84,7 @@ enum class Writer : std::uint8_t {
   vcpu_read,
   vcpu_page_walk, ///< The guest's page tables lie in the region.
 };
-inline constexpr unsigned writer_kinds = 25;
+inline constexpr unsigned writer_kinds = 26;
 [[nodiscard]] const char* to_string(Writer writer);
 
 struct Step {

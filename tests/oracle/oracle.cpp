@@ -262,8 +262,24 @@ private:
 
   // ------------------------------------------------------------------------------------------------------- writers
 
+  /// Whether a writer has something to do with a kind of memory.
+  static bool suits(Writer writer, Memory memory) {
+    switch (writer) {
+    case Writer::other_mapping:
+    case Writer::other_pwrite:
+    case Writer::drop_entries:
+      return is_shared(memory);
+    case Writer::allocate:
+      return is_shared_file(memory);
+    default:
+      return true;
+    }
+  }
+
   bool apply(const Step& step) {
-    const std::size_t number = step.region % lives_.size();
+    std::size_t number = step.region % lives_.size();
+    for (std::size_t i = 0; i < lives_.size() && !suits(step.writer, lives_[number]->spec().memory); ++i)
+      number = (number + 1) % lives_.size();
     LiveRegion& live = *lives_[number];
     const std::uint32_t page = step.page % live.pages();
     const std::uint32_t count = std::clamp<std::uint32_t>(step.count, 1, live.pages() - page);
@@ -275,6 +291,12 @@ private:
     case Writer::raw_pointer:
       raw_store(live, page, count, value, at);
       live.wrote(page, count, Content::data);
+      return true;
+    case Writer::scatter:
+      for (std::uint32_t i = page % 2; i < std::min<std::uint32_t>(live.pages(), 1400); i += 2 + step.variant % 2) {
+        raw_store(live, i, 1, value, at);
+        live.wrote(i, 1, Content::data);
+      }
       return true;
     case Writer::zero_write:
       if ((step.variant & 1) != 0) return clear(live, page, count);
@@ -497,8 +519,10 @@ private:
     if (fallocate(live.file(), FALLOC_FL_KEEP_SIZE, static_cast<off_t>(live.file_offset() + page * page_size),
                   static_cast<off_t>(count * page_size)) != 0)
       return false;
-    // A second time, shmem clears what was never written, and takes it for data from then on.
-    if (live.facts.allocated_unwritten) live.touched(page, count, Reason::populated);
+    // A second time, shmem clears what was never written, and takes it for data from then on. So does a disk's file
+    // system with what was read, or read ahead, or lies beside what was written.
+    if (live.facts.allocated_unwritten || live.spec().memory == Memory::shared_file)
+      live.touched(page, count, Reason::populated);
     live.facts.allocated_unwritten = true;
     return true;
   }

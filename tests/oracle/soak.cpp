@@ -1,0 +1,125 @@
+// cppvmm-soak: runs the oracle's cases for as long as it is told to.
+#include "draw.hpp"
+#include "resources.hpp"
+
+#include <chrono>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <unistd.h>
+
+#include "session.hpp"
+
+using namespace cppvmm::oracle;
+
+namespace {
+
+constexpr const char* usage =
+    "cppvmm-soak [--hours H | --minutes M | --pages N | --cases N] [--seed S] [--small]\n"
+    "Draws memory maps and writers, asks for the answer, and reads every page, until the bound (default: 10 million\n"
+    "page checks). Case i has seed S + i. --small: regions of at most 8 MiB, as in the tests.\n"
+    "Exit status: 0 when every answer was sound and missed nothing without a reason, else 1.\n";
+
+struct Bounds {
+  std::optional<std::chrono::duration<double>> time;
+  std::uint64_t pages = UINT64_MAX;
+  std::uint64_t cases = UINT64_MAX;
+  std::optional<std::uint64_t> seed;
+  bool small = false;
+};
+
+std::optional<Bounds> parse(int count, char** words) {
+  Bounds bounds;
+  bool is_bounded = false;
+  for (int i = 1; i < count; ++i) {
+    const std::string_view word = words[i];
+    if (word == "--small") {
+      bounds.small = true;
+      continue;
+    }
+    if (i + 1 >= count) return std::nullopt;
+    char* end = nullptr;
+    const char* const text = words[++i];
+    const double number = std::strtod(text, &end);
+    if (end == text || *end != 0 || number < 0) return std::nullopt;
+    if (word == "--hours" || word == "--minutes")
+      bounds.time = std::chrono::duration<double>(number * (word == "--hours" ? 3600 : 60));
+    else if (word == "--pages")
+      bounds.pages = static_cast<std::uint64_t>(number);
+    else if (word == "--cases")
+      bounds.cases = static_cast<std::uint64_t>(number);
+    else if (word == "--seed")
+      bounds.seed = std::strtoull(text, nullptr, 0);
+    else
+      return std::nullopt;
+    is_bounded = is_bounded || word != "--seed";
+  }
+  if (!is_bounded) bounds.pages = 10'000'000;
+  return bounds;
+}
+
+unsigned long long wide(std::uint64_t value) { return value; }
+
+} // namespace
+
+int main(int count, char** words) {
+  const std::optional<Bounds> bounds = parse(count, words);
+  if (!bounds) {
+    std::fputs(usage, stderr);
+    return 2;
+  }
+  Profile profile{.large = !bounds->small};
+  auto oracle = Oracle::start(true);
+  profile.vcpus = oracle.has_value();
+  if (!oracle) {
+    std::printf("without vCPUs: %s\n", oracle.error().c_str());
+    oracle = Oracle::start(false);
+  }
+  if (!oracle) {
+    std::printf("%s\n", oracle.error().c_str());
+    return 1;
+  }
+  const auto pool = HugePool::take(64);
+  profile.huge_pages = pool.has_value();
+  if (!pool) std::printf("without huge pages: %s\n", pool.error().c_str());
+  const auto swap = SwapSpace::take();
+  profile.swap = swap.has_value();
+  if (!swap) std::printf("without swap: %s\n", swap.error().c_str());
+  profile.files = kernel_facts().files_by_fstat && kernel_facts().files_tell_holes;
+  if (!profile.files) std::printf("without files: the folder for temporary files does not tell the truth about them\n");
+
+  Plan what = plan(bounds->cases);
+  what.cases = bounds->cases;
+  what.seed = bounds->seed.value_or(what.seed);
+  std::printf("seed %llu\n", wide(what.seed));
+  std::fflush(stdout);
+
+  using Clock = std::chrono::steady_clock;
+  const auto begin = Clock::now();
+  const bool is_terminal = isatty(STDERR_FILENO) != 0;
+  auto next_line = begin;
+  const auto goes_on = [&](const Figures& figures) {
+    const auto now = Clock::now();
+    if (now >= next_line) {
+      std::fprintf(stderr, "%s%llu cases, %llu page checks, %llu unsound, %.0f s%s", is_terminal ? "\r\033[K" : "",
+                   wide(figures.cases), wide(figures.page_checks), wide(figures.unsound),
+                   std::chrono::duration<double>(now - begin).count(), is_terminal ? "" : "\n");
+      next_line = now + std::chrono::seconds(is_terminal ? 1 : 30);
+    }
+    return figures.page_checks < bounds->pages && (!bounds->time || now - begin < *bounds->time);
+  };
+  const Session session = run_cases(*oracle, what, profile, goes_on);
+  if (is_terminal) std::fputs("\r\033[K", stderr);
+
+  const Figures& figures = session.figures;
+  std::printf("%s", summary(figures).c_str());
+  std::printf("cases %llu, page checks %llu, unsound %llu, missed without a reason %llu, seed %llu, %.0f s\n",
+              wide(figures.cases), wide(figures.page_checks), wide(figures.unsound), wide(figures.unexplained()),
+              wide(what.seed), std::chrono::duration<double>(Clock::now() - begin).count());
+  if (!session.failure) return 0;
+  std::printf("%s", session.failure->report.c_str());
+  return 1;
+}
