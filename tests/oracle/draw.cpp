@@ -62,15 +62,31 @@ rc::Gen<RegionSpec> regions(const Profile& profile) {
 rc::Gen<Writer> writers(const Profile& profile) {
   const std::size_t vcpu = profile.vcpus ? 14 : 0;
   const std::size_t swap = profile.swap ? 12 : 1;
-  return rc::gen::weightedElement<Writer>(
-      {{10, Writer::typed_write},      {10, Writer::raw_pointer},     {5, Writer::zero_write},
-       {4, Writer::data_then_zero},    {6, Writer::read_touch},       {5, Writer::read_from_pipe},
-       {4, Writer::process_vm_writev}, {8, Writer::other_mapping},    {6, Writer::other_pwrite},
-       {1, Writer::fork_child},        {10, Writer::discard},         {5, Writer::drop_entries},
-       {2, Writer::allocate},          {2, Writer::populate},         {2, Writer::remap},
-       {2, Writer::replace},           {swap, Writer::page_out},      {1, Writer::cold},
-       {1, Writer::collapse},          {3, Writer::survey},           {1, Writer::mark},
-       {vcpu, Writer::vcpu_store},     {vcpu / 2, Writer::vcpu_read}, {vcpu / 2, Writer::vcpu_page_walk}});
+  return rc::gen::weightedElement<Writer>({{10, Writer::typed_write},
+                                           {10, Writer::raw_pointer},
+                                           {2, Writer::scatter},
+                                           {5, Writer::zero_write},
+                                           {4, Writer::data_then_zero},
+                                           {6, Writer::read_touch},
+                                           {5, Writer::read_from_pipe},
+                                           {4, Writer::process_vm_writev},
+                                           {8, Writer::other_mapping},
+                                           {6, Writer::other_pwrite},
+                                           {1, Writer::fork_child},
+                                           {10, Writer::discard},
+                                           {5, Writer::drop_entries},
+                                           {2, Writer::allocate},
+                                           {2, Writer::populate},
+                                           {2, Writer::remap},
+                                           {2, Writer::replace},
+                                           {swap, Writer::page_out},
+                                           {1, Writer::cold},
+                                           {1, Writer::collapse},
+                                           {3, Writer::survey},
+                                           {1, Writer::mark},
+                                           {vcpu, Writer::vcpu_store},
+                                           {vcpu / 2, Writer::vcpu_read},
+                                           {vcpu / 2, Writer::vcpu_page_walk}});
 }
 
 rc::Gen<Step> steps(const Profile& profile) {

@@ -23,6 +23,7 @@ constexpr std::size_t control_bytes = 0x10000;
 constexpr std::uint64_t tables_at = guest_code_base;
 constexpr std::uint64_t store_at = guest_code_base + 0x4000;
 constexpr std::uint64_t read_at = guest_code_base + 0x5000;
+constexpr std::uint64_t publish_at = guest_code_base + 0x6000;
 constexpr std::uint16_t code_selector = 0x08;
 constexpr std::uint16_t data_selector = 0x10;
 
@@ -34,6 +35,10 @@ constexpr std::array<std::uint8_t, 14> read_code = {0x8A, 0x07, 0x48, 0x81, 0xC7
                                                     0x00, 0x00, 0xFF, 0xC9, 0x75, 0xF3, 0xF4};
 
 std::unexpected<std::string> failure(const KvmError& error) { return std::unexpected(error.message()); }
+
+// next: mov [rdi], al; add rdi, 4096; inc edx; mov [rsi], edx; dec ecx; jnz next; hlt
+constexpr std::array<std::uint8_t, 18> publish_code = {0x88, 0x07, 0x48, 0x81, 0xC7, 0x00, 0x10, 0x00, 0x00,
+                                                       0xFF, 0xC2, 0x89, 0x16, 0xFF, 0xC9, 0x75, 0xEF, 0xF4};
 
 } // namespace
 
@@ -82,6 +87,7 @@ std::expected<Guest, std::string> Guest::start() {
   write_tables(tables_at, std::span<std::byte, table_pages * 4096>(machine->control.get(), table_pages * 4096));
   std::memcpy(machine->control.get() + (store_at - guest_code_base), store_code.data(), store_code.size());
   std::memcpy(machine->control.get() + (read_at - guest_code_base), read_code.data(), read_code.size());
+  std::memcpy(machine->control.get() + (publish_at - guest_code_base), publish_code.data(), publish_code.size());
   if (const auto set = machine->vm.set_memory_slot({.slot = 0,
                                                     .guest_address = guest_code_base,
                                                     .bytes = control_bytes,
@@ -108,7 +114,7 @@ std::expected<void, std::string> Guest::set_memory(std::span<const GuestSlot> sl
 }
 
 std::expected<void, std::string> Guest::run(std::uint64_t tables, std::uint64_t code, std::uint64_t address,
-                                            std::uint32_t count, std::uint8_t value) {
+                                            std::uint32_t count, std::uint8_t value, std::uint64_t progress) {
   Vcpu& vcpu = machine_->vcpu;
   auto special = vcpu.special_registers();
   if (!special) return failure(special.error());
@@ -119,7 +125,8 @@ std::expected<void, std::string> Guest::run(std::uint64_t tables, std::uint64_t 
   special->cr4 = cr4_pae;
   special->efer = efer_lme | efer_lma;
   if (const auto set = vcpu.set_special_registers(*special); !set) return failure(set.error());
-  if (const auto set = vcpu.set_registers({.rax = value, .rcx = count, .rdi = address, .rip = code}); !set)
+  if (const auto set = vcpu.set_registers({.rax = value, .rcx = count, .rsi = progress, .rdi = address, .rip = code});
+      !set)
     return failure(set.error());
   for (;;) {
     const auto exit = vcpu.run();
@@ -133,6 +140,11 @@ std::expected<void, std::string> Guest::run(std::uint64_t tables, std::uint64_t 
 std::expected<void, std::string> Guest::access(std::uint64_t address, std::uint32_t count,
                                                std::optional<std::uint8_t> value) {
   return run(tables_at, value ? store_at : read_at, address, count, value.value_or(0));
+}
+
+std::expected<void, std::string> Guest::store_and_publish(std::uint64_t address, std::uint32_t count,
+                                                          std::uint64_t progress) {
+  return run(tables_at, publish_at, address, count, 1, progress);
 }
 
 std::expected<void, std::string> Guest::walk(std::uint64_t tables, std::uint64_t address, std::uint32_t count) {

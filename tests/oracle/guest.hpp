@@ -34,6 +34,9 @@ public:
   /// Stores `value` into `count` pages, from guest-physical `address` on; reads them without a value.
   [[nodiscard]] std::expected<void, std::string> access(std::uint64_t address, std::uint32_t count,
                                                         std::optional<std::uint8_t> value);
+  /// Stores into page after page, and after each, how many it has stored into, as 32 bits at guest-physical `progress`.
+  [[nodiscard]] std::expected<void, std::string> store_and_publish(std::uint64_t address, std::uint32_t count,
+                                                                   std::uint64_t progress);
   /// Sets accessed bits by reading the same way through page tables at guest-physical `tables`.
   [[nodiscard]] std::expected<void, std::string> walk(std::uint64_t tables, std::uint64_t address, std::uint32_t count);
   /// The three pages of such tables, as bytes: the first GiB, in 2 MiB pages.
@@ -44,7 +47,8 @@ private:
   struct Machine;
   explicit Guest(std::unique_ptr<Machine> machine);
   [[nodiscard]] std::expected<void, std::string> run(std::uint64_t tables, std::uint64_t code, std::uint64_t address,
-                                                     std::uint32_t count, std::uint8_t value);
+                                                     std::uint32_t count, std::uint8_t value,
+                                                     std::uint64_t progress = 0);
   std::unique_ptr<Machine> machine_;
 };
 

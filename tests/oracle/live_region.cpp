@@ -226,6 +226,13 @@ std::uint32_t LiveRegion::window() const {
   return 1;
 }
 
+std::uint32_t LiveRegion::window_base() const {
+  // What a disk's file has in memory is aligned in the file.
+  const bool is_of_file = spec_.memory == Memory::shared_file || is_private_file(spec_.memory);
+  const std::uint64_t start = is_of_file ? file_offset_ : reinterpret_cast<std::uintptr_t>(host(0));
+  return static_cast<std::uint32_t>(start / page_size % huge_pages);
+}
+
 bool LiveRegion::reads_leave_no_trace(bool legacy) const {
   const KernelFacts& kernel = kernel_facts();
   switch (spec_.memory) {
@@ -251,7 +258,7 @@ void LiveRegion::touched(std::uint32_t page, std::uint32_t count, Reason why) {
     if (reasons_[at] == Reason::none || reasons_[at] == Reason::read) reasons_[at] = why;
   // The rest of a huge page comes with it, and stays when that page goes.
   if (!is_coarse()) return;
-  const auto base = static_cast<std::uint32_t>(reinterpret_cast<std::uintptr_t>(host(0)) / page_size % huge_pages);
+  const std::uint32_t base = window_base();
   const std::uint32_t first = (base + page) / huge_pages * huge_pages;
   const std::uint32_t end = (base + page + count + huge_pages - 1) / huge_pages * huge_pages;
   for (std::uint32_t at = std::max(first, base); at < std::min(end, base + spec_.pages); ++at)
@@ -282,7 +289,7 @@ Reason LiveRegion::reason(std::uint32_t page, bool legacy) const {
   // khugepaged may have made a huge page of it, for a neighbour's sake.
   const std::uint32_t pages_at_once = window();
   if (pages_at_once == 1) return Reason::none;
-  const auto base = static_cast<std::uint32_t>(reinterpret_cast<std::uintptr_t>(host(0)) / page_size % huge_pages);
+  const std::uint32_t base = window_base();
   const std::uint32_t first = (base + page) / pages_at_once * pages_at_once;
   for (std::uint32_t at = std::max(first, base); at < std::min(first + pages_at_once, base + spec_.pages); ++at)
     if (counts(reasons_[at - base]) || file_contents_[at - base] == Content::data) return Reason::huge_page;

@@ -80,6 +80,8 @@ private:
   [[nodiscard]] std::expected<void, std::string> open_snapshot(std::uint64_t slice);
   [[nodiscard]] std::expected<void, std::string> prepare();
   [[nodiscard]] std::uint32_t window() const;
+  /// Where page 0 is in the first window that it is in.
+  [[nodiscard]] std::uint32_t window_base() const;
   [[nodiscard]] bool reads_leave_no_trace(bool legacy) const;
 
   RegionSpec spec_;

@@ -157,16 +157,17 @@ void Figures::add(const Figures& other) {
   }
 }
 
-std::expected<Oracle, std::string> Oracle::start(bool vcpus) {
+std::expected<Oracle, std::string> Oracle::start() {
   auto helper = Helper::start();
   if (!helper) return std::unexpected(helper.error());
-  Oracle oracle(std::move(*helper));
-  if (vcpus) {
-    auto guest = Guest::start();
-    if (!guest) return std::unexpected(guest.error());
-    oracle.guest_.emplace(std::move(*guest));
-  }
-  return oracle;
+  return Oracle(std::move(*helper));
+}
+
+std::expected<void, std::string> Oracle::add_vcpu() {
+  auto guest = Guest::start();
+  if (!guest) return std::unexpected(guest.error());
+  guest_.emplace(std::move(*guest));
+  return {};
 }
 
 /// One case on its way.
@@ -265,12 +266,13 @@ private:
   /// Whether a writer has something to do with a kind of memory.
   static bool suits(Writer writer, Memory memory) {
     switch (writer) {
-    case Writer::other_mapping:
-    case Writer::other_pwrite:
     case Writer::drop_entries:
       return is_shared(memory);
+    case Writer::other_mapping:
     case Writer::allocate:
       return is_shared_file(memory);
+    case Writer::other_pwrite: // hugetlbfs takes no write(2)
+      return is_shared_file(memory) && !is_hugetlb(memory);
     default:
       return true;
     }
@@ -280,6 +282,7 @@ private:
     std::size_t number = step.region % lives_.size();
     for (std::size_t i = 0; i < lives_.size() && !suits(step.writer, lives_[number]->spec().memory); ++i)
       number = (number + 1) % lives_.size();
+    if (!suits(step.writer, lives_[number]->spec().memory)) return false;
     LiveRegion& live = *lives_[number];
     const std::uint32_t page = step.page % live.pages();
     const std::uint32_t count = std::clamp<std::uint32_t>(step.count, 1, live.pages() - page);
@@ -324,7 +327,6 @@ private:
     case Writer::discard:
       return discard(live, page, count, step.variant);
     case Writer::drop_entries:
-      if (!is_shared(live.spec().memory)) return false;
       if (madvise(live.host(page), count * page_size, MADV_DONTNEED) != 0) return false;
       live.facts.entries_dropped = true;
       return true;
@@ -436,16 +438,11 @@ private:
 
   bool write_from_other_process(LiveRegion& live, std::uint32_t page, std::uint32_t count, std::uint8_t value,
                                 std::uint32_t at, bool with_pwrite) {
-    const Memory memory = live.spec().memory;
-    if (memory == Memory::shared_anonymous) return fork_child(live, page, count, value, at, false);
-    if (!is_shared_file(memory)) return false;
-    if (memory == Memory::hugetlb_memfd) live.facts.written_elsewhere = true;
+    if (live.spec().memory == Memory::hugetlb_memfd) live.facts.written_elsewhere = true;
     const std::uint64_t offset = live.file_offset() + page * page_size;
-    // hugetlbfs takes no write(2).
-    const bool writes = with_pwrite && memory != Memory::hugetlb_memfd;
     return written(live, page, count,
-                   writes ? oracle_.helper_.write(live.file(), offset, count, at, value)
-                          : oracle_.helper_.store(live.file(), offset, count, at, value));
+                   with_pwrite ? oracle_.helper_.write(live.file(), offset, count, at, value)
+                               : oracle_.helper_.store(live.file(), offset, count, at, value));
   }
 
   bool fork_child(LiveRegion& live, std::uint32_t page, std::uint32_t count, std::uint8_t value, std::uint32_t at,
@@ -514,7 +511,6 @@ private:
   }
 
   static bool allocate(LiveRegion& live, std::uint32_t page, std::uint32_t count) {
-    if (!is_shared_file(live.spec().memory)) return false;
     widen(live, page, count);
     if (fallocate(live.file(), FALLOC_FL_KEEP_SIZE, static_cast<off_t>(live.file_offset() + page * page_size),
                   static_cast<off_t>(count * page_size)) != 0)

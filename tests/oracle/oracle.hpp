@@ -72,8 +72,10 @@ struct Outcome {
 /// Carries cases out, one at a time.
 class Oracle {
 public:
-  /// Starts the other process; with `vcpus`, a VM too. Before any guest memory is made.
-  [[nodiscard]] static std::expected<Oracle, std::string> start(bool vcpus);
+  /// Starts the other process. Before any guest memory is made.
+  [[nodiscard]] static std::expected<Oracle, std::string> start();
+  /// A VM for the writers that are vCPUs; one line for a person where KVM cannot be used.
+  [[nodiscard]] std::expected<void, std::string> add_vcpu();
 
   [[nodiscard]] Outcome run(const Case& what, const Surveyor& surveyor = real_surveyor);
 

@@ -85,7 +85,7 @@ Answered loses_its_own_page(const GuestMemory& memory, const SurveyOptions& opti
 
 /// The bug is found within so many cases, as unsoundness; and all those cases hold with the real survey.
 void expect_that_it_is_found(const Surveyor& planted, std::uint64_t cases, const Profile& profile) {
-  auto oracle = Oracle::start(false);
+  auto oracle = Oracle::start();
   ASSERT_TRUE(oracle) << oracle.error();
   Plan what = plan(cases);
   std::cout << "seed " << what.seed << std::endl;
@@ -115,7 +115,7 @@ TEST(OracleOfTheOracle, FindsAnAnswerThatLosesItsOwnPage) {
 
 // A survey that calls everything touched is sound, and misses without a reason.
 TEST(OracleOfTheOracle, FindsASurveyThatMissesWhatItNeedNot) {
-  auto oracle = Oracle::start(false);
+  auto oracle = Oracle::start();
   ASSERT_TRUE(oracle) << oracle.error();
   const Session session = run_cases(*oracle, plan(50), {.files = false}, {},
                                     [](const GuestMemory& memory, const SurveyOptions&, GuestAddress output) {

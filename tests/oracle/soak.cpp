@@ -72,16 +72,14 @@ int main(int count, char** words) {
     return 2;
   }
   Profile profile{.large = !bounds->small};
-  auto oracle = Oracle::start(true);
-  profile.vcpus = oracle.has_value();
-  if (!oracle) {
-    std::printf("without vCPUs: %s\n", oracle.error().c_str());
-    oracle = Oracle::start(false);
-  }
+  auto oracle = Oracle::start();
   if (!oracle) {
     std::printf("%s\n", oracle.error().c_str());
     return 1;
   }
+  const auto vcpu = oracle->add_vcpu();
+  profile.vcpus = vcpu.has_value();
+  if (!vcpu) std::printf("without vCPUs: %s\n", vcpu.error().c_str());
   const auto pool = HugePool::take(64);
   profile.huge_pages = pool.has_value();
   if (!pool) std::printf("without huge pages: %s\n", pool.error().c_str());

@@ -1,0 +1,256 @@
+#include <array>
+#include <atomic>
+#include <cerrno>
+#include <csignal>
+#include <cstddef>
+#include <cstdint>
+#include <fcntl.h>
+#include <gtest/gtest.h>
+#include <memory>
+#include <new>
+#include <string>
+#include <sys/mman.h>
+#include <sys/prctl.h>
+#include <sys/wait.h>
+#include <thread>
+#include <tuple>
+#include <unistd.h>
+#include <vector>
+
+import cppvmm.guest_memory;
+
+// Surveys while everyone writes: host threads, another process through the memfd, threads that discard, and a map that
+// is replaced again and again. A page that held data before the call began, and was not discarded since, is never
+// reported. Each page has a state that its writer publishes with a release store after the page was written, and before
+// it is discarded; whoever asks reads the states first, then asks.
+
+using namespace cppvmm;
+
+namespace {
+
+constexpr std::uint64_t pages = 512;
+constexpr unsigned surveys = 150;
+constexpr unsigned rounds =
+    100'000; ///< How often each writer fills and empties its pages at most; it is stopped long before.
+
+/// What is certain of a page: `writes` counts the writes, and is odd while the page holds data. It becomes odd after
+/// the write, and even before the discard; so that one that is odd and the same before and after a survey held data all
+/// the while.
+struct PageState {
+  std::atomic<std::uint32_t> writes = 0;
+};
+static_assert(std::atomic<std::uint32_t>::is_always_lock_free, "used between processes");
+
+/// Shared with children.
+struct Shared {
+  std::array<PageState, pages> states;
+  std::atomic<bool> stop = false;
+};
+
+class SharedMapping {
+public:
+  SharedMapping() {
+    void* const at = mmap(nullptr, sizeof(Shared), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    if (at == MAP_FAILED) throw std::bad_alloc();
+    shared_ = new (at) Shared;
+  }
+  SharedMapping(const SharedMapping&) = delete;
+  SharedMapping& operator=(const SharedMapping&) = delete;
+  ~SharedMapping() { munmap(shared_, sizeof(Shared)); }
+  Shared* operator->() const { return shared_; }
+  Shared& operator*() const { return *shared_; }
+
+private:
+  Shared* shared_;
+};
+
+/// A child that is killed and waited for at the end.
+class Child {
+public:
+  template <class Work>
+  explicit Child(Work work) {
+    const pid_t parent = getpid();
+    pid_ = fork();
+    if (pid_ != 0) return;
+    prctl(PR_SET_PDEATHSIG, SIGKILL);
+    if (getppid() == parent) work();
+    _exit(0);
+  }
+  Child(const Child&) = delete;
+  Child& operator=(const Child&) = delete;
+  ~Child() {
+    if (pid_ <= 0) return;
+    kill(pid_, SIGKILL);
+    while (waitpid(pid_, nullptr, 0) < 0 && errno == EINTR) {
+    }
+  }
+  [[nodiscard]] bool started() const { return pid_ > 0; }
+
+private:
+  pid_t pid_ = -1;
+};
+
+enum class Kind { anonymous, memfd };
+
+class UnderFire : public testing::TestWithParam<std::tuple<Kind, EvidenceSource>> {
+protected:
+  void SetUp() override {
+    halves = {make(GuestAddress(0), pages / 2), make(GuestAddress(pages / 2 * page_size), pages / 2)};
+    memory.replace(*MemoryMap::make({*halves[0], *halves[1]}));
+  }
+
+  static bool is_shared() { return std::get<Kind>(GetParam()) == Kind::memfd; }
+
+  static std::unique_ptr<Region> make(GuestAddress start, std::uint64_t count) {
+    auto region = is_shared() ? Region::memfd(start, count * page_size) : Region::anonymous(start, count * page_size);
+    madvise(region.value().host_address(), count * page_size, MADV_NOHUGEPAGE);
+    return std::make_unique<Region>(*region);
+  }
+
+  [[nodiscard]] std::byte* host(std::uint64_t page) const {
+    const std::uint64_t half = pages / 2;
+    return static_cast<std::byte*>(halves[page / half]->host_address()) + page % half * page_size;
+  }
+
+  void discard(std::uint64_t page) const {
+    const std::uint64_t half = pages / 2;
+    if (is_shared())
+      EXPECT_EQ(fallocate(halves[page / half]->file_descriptor(), FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
+                          static_cast<off_t>(page % half * page_size), page_size),
+                0);
+    else
+      EXPECT_EQ(madvise(host(page), page_size, MADV_DONTNEED), 0);
+  }
+
+  void publish_written(std::uint64_t page) const {
+    shared->states[page].writes.fetch_add(1, std::memory_order_release);
+  }
+  void publish_discard(std::uint64_t page) const {
+    shared->states[page].writes.fetch_add(1, std::memory_order_seq_cst);
+  }
+
+  /// Fills every `writers`th page from `number` on, then empties them, again and again; the last time they stay.
+  void write_and_discard(unsigned number, unsigned writers) const {
+    for (unsigned round = 0; round < rounds && !shared->stop.load(std::memory_order_relaxed); ++round) {
+      for (std::uint64_t page = number; page < pages; page += writers) {
+        if (round > 0) {
+          publish_discard(page);
+          discard(page);
+        }
+        *static_cast<volatile std::byte*>(host(page) + 8 * round % page_size) = std::byte{1};
+        publish_written(page);
+      }
+    }
+  }
+
+  [[nodiscard]] std::vector<std::uint32_t> states() const {
+    std::vector<std::uint32_t> result;
+    for (const PageState& state : shared->states)
+      result.push_back(state.writes.load(std::memory_order_seq_cst));
+    return result;
+  }
+
+  /// One survey; whether it was sound.
+  void expect_sound() {
+    const auto before = states();
+    const Survey survey = memory.survey({.leave_out = {}, .source = std::get<EvidenceSource>(GetParam())});
+    const auto after = states();
+    for (std::uint64_t page = 0; page < pages; ++page) {
+      if (before[page] % 2 == 0 || before[page] != after[page]) continue;
+      ++checked;
+      EXPECT_FALSE(survey.zeroed.contains(PageNumber(page))) << "page " << page << " holds data, and is reported";
+    }
+    reported += survey.zeroed.page_count();
+  }
+
+  SharedMapping shared;
+  std::array<std::unique_ptr<Region>, 2> halves;
+  GuestMemory memory;
+  std::uint64_t checked = 0;
+  std::uint64_t reported = 0;
+};
+
+TEST_P(UnderFire, HoldsWhileThreadsWriteAndDiscard) {
+  std::vector<std::jthread> writers;
+  for (unsigned number = 0; number < 3; ++number)
+    writers.emplace_back([this, number] { write_and_discard(number, 4); }); // a quarter stays untouched
+  for (unsigned i = 0; i < surveys && !HasFailure(); ++i)
+    expect_sound();
+  shared->stop = true;
+  writers.clear();
+  // Nothing moves any more: the untouched quarter is all that is reported.
+  expect_sound();
+  EXPECT_GT(checked, 0U);
+  EXPECT_GT(reported, 0U);
+}
+
+/// The kind that another process can have.
+class UnderAnotherProcess : public UnderFire {};
+
+TEST_P(UnderAnotherProcess, HoldsWhileItWrites) {
+  const Child child([this] {
+    // A mapping of its own, so that nothing of it shows in this process's page tables.
+    std::array<std::byte*, 2> views{};
+    for (std::size_t i = 0; i < views.size(); ++i) {
+      void* const view =
+          mmap(nullptr, pages / 2 * page_size, PROT_READ | PROT_WRITE, MAP_SHARED, halves[i]->file_descriptor(), 0);
+      if (view == MAP_FAILED) {
+        shared->stop = true;
+        return;
+      }
+      views[i] = static_cast<std::byte*>(view);
+    }
+    for (std::uint64_t i = 0; i < pages && !shared->stop; ++i) {
+      const std::uint64_t page = i * 37 % pages;
+      *static_cast<volatile std::byte*>(views[page / (pages / 2)] + page % (pages / 2) * page_size) = std::byte{1};
+      publish_written(page);
+    }
+    for (;;)
+      pause();
+  });
+  ASSERT_TRUE(child.started());
+  // Until it has written everything.
+  std::uint64_t written = 0;
+  do {
+    written = 0;
+    for (const std::uint32_t state : states())
+      written += state;
+    expect_sound();
+  } while (written < pages && !HasFailure() && !shared->stop);
+  ASSERT_FALSE(shared->stop) << "the other process could not map the memfd";
+  EXPECT_GE(checked, pages);
+}
+
+TEST_P(UnderFire, HoldsWhileTheMapIsReplaced) {
+  std::vector<std::jthread> threads;
+  for (unsigned number = 0; number < 2; ++number)
+    threads.emplace_back([this, number] { write_and_discard(number, 3); });
+  threads.emplace_back([this] {
+    // With another region more, and less.
+    const MemoryMap both = *memory.snapshot();
+    for (unsigned i = 0; i < 2000 && !shared->stop; ++i) {
+      memory.replace(*both.with(*make(GuestAddress(pages * page_size), 4)));
+      memory.replace(both);
+    }
+  });
+  for (unsigned i = 0; i < surveys && !HasFailure(); ++i)
+    expect_sound();
+  shared->stop = true;
+  threads.clear();
+  expect_sound();
+  EXPECT_GT(checked, 0U);
+}
+
+std::string name_of(const testing::TestParamInfo<std::tuple<Kind, EvidenceSource>>& info) {
+  const auto [kind, source] = info.param;
+  return std::string(kind == Kind::memfd ? "memfd" : "anonymous") +
+         (source == EvidenceSource::automatic ? "_newest" : "_legacy");
+}
+
+const auto sources = testing::Values(EvidenceSource::automatic, EvidenceSource::legacy);
+INSTANTIATE_TEST_SUITE_P(Surveys, UnderFire, testing::Combine(testing::Values(Kind::anonymous, Kind::memfd), sources),
+                         name_of);
+INSTANTIATE_TEST_SUITE_P(Surveys, UnderAnotherProcess, testing::Combine(testing::Values(Kind::memfd), sources),
+                         name_of);
+
+} // namespace

@@ -1,0 +1,212 @@
+// cppvmm-evidence-table: for each kind of memory and each writer, one scenario on this kernel, and what the answer was
+// worth: unsound/missed pages, as a Markdown table. Needs nothing but the kernel, /proc and a folder for temporary
+// files.
+#include "case.hpp"
+#include "resources.hpp"
+
+#include <array>
+#include <cstdint>
+#include <cstdio>
+#include <string>
+#include <string_view>
+#include <sys/utsname.h>
+#include <vector>
+
+#include "oracle.hpp"
+
+using namespace cppvmm::oracle;
+
+namespace {
+
+/// Everything that is done to one region of 8 MiB.
+struct Row {
+  const char* name;
+  RegionSpec spec;
+};
+
+struct Column {
+  const char* name;
+  Writer writer;
+  std::vector<Step> before{}; ///< What the scenario needs to have been done.
+};
+
+constexpr std::uint32_t pages = 2048;
+
+const std::vector<Row>& rows() {
+  static const std::vector<Row> all = {
+      {"anonymous", {.memory = Memory::anonymous}},
+      {"anonymous, huge pages wanted", {.memory = Memory::anonymous, .thp = Thp::wanted}},
+      {"anonymous, populated", {.memory = Memory::anonymous, .before = Before::populated}},
+      {"anonymous, locked", {.memory = Memory::anonymous, .before = Before::locked}},
+      {"memfd", {.memory = Memory::memfd}},
+      {"memfd, populated", {.memory = Memory::memfd, .before = Before::populated}},
+      {"adopted anonymous", {.memory = Memory::adopted_anonymous}},
+      {"adopted memfd (slice)", {.memory = Memory::adopted_memfd, .file_seed = 3}},
+      {"shared anonymous", {.memory = Memory::shared_anonymous}},
+      {"private file", {.memory = Memory::private_file, .file_seed = 2}},
+      {"shared file", {.memory = Memory::shared_file}},
+      {"hugetlb", {.memory = Memory::hugetlb}},
+      {"hugetlb memfd", {.memory = Memory::hugetlb_memfd}},
+      {"unknown", {.memory = Memory::unknown}},
+  };
+  return all;
+}
+
+const std::vector<Column>& columns() {
+  static const std::vector<Step> data = {{.writer = Writer::raw_pointer, .page = 100, .count = 8}};
+  static const std::vector<Column> all = {
+      {"nobody", Writer::replace},
+      {"typed write", Writer::typed_write},
+      {"raw pointer", Writer::raw_pointer},
+      {"zeros", Writer::zero_write},
+      {"data, then zeros", Writer::data_then_zero},
+      {"read", Writer::read_touch},
+      {"read(2)", Writer::read_from_pipe},
+      {"process_vm_writev", Writer::process_vm_writev},
+      {"other process, mapping", Writer::other_mapping},
+      {"other process, pwrite", Writer::other_pwrite},
+      {"forked child", Writer::fork_child},
+      {"vCPU store", Writer::vcpu_store},
+      {"vCPU page walk", Writer::vcpu_page_walk},
+      {"discard", Writer::discard, data},
+      {"entries dropped", Writer::drop_entries, data},
+      {"fallocate", Writer::allocate},
+      {"remap", Writer::remap, data},
+      {"paged out", Writer::page_out, data},
+  };
+  return all;
+}
+
+/// The column's writer three times, at different places; the answer goes where nothing else is.
+Case scenario(const Row& row, const Column& column, SurveyMode mode) {
+  Case what{.regions = {row.spec}, .steps = column.before, .mode = mode, .output_page = pages - 1};
+  what.regions[0].pages = pages;
+  if (row.spec.thp == Thp{}) what.regions[0].thp = Thp::forbidden;
+  const auto value = column.writer == Writer::remap ? static_cast<std::uint8_t>(row.spec.memory) : std::uint8_t{7};
+  for (const std::uint32_t page : {100U, 104U, 700U}) {
+    what.steps.push_back({.writer = column.writer, .page = page, .count = 4, .value = value, .variant = 0});
+    // Once is all there is of these.
+    if (column.writer == Writer::remap || column.writer == Writer::replace) break;
+  }
+  return what;
+}
+
+std::uint64_t total(const std::array<std::uint64_t, writer_kinds>& counts) {
+  std::uint64_t sum = 0;
+  for (const std::uint64_t count : counts)
+    sum += count;
+  return sum;
+}
+
+/// Footnotes, each reason once, numbered as they come.
+class Notes {
+public:
+  unsigned number_of(Reason reason) {
+    for (std::size_t i = 0; i < reasons_.size(); ++i)
+      if (reasons_[i] == reason) return static_cast<unsigned>(i + 1);
+    reasons_.push_back(reason);
+    return static_cast<unsigned>(reasons_.size());
+  }
+  void print() const {
+    for (std::size_t i = 0; i < reasons_.size(); ++i)
+      std::printf("%zu. %s\n", i + 1, to_string(reasons_[i]));
+  }
+
+private:
+  std::vector<Reason> reasons_;
+};
+
+struct Verdict {
+  std::uint64_t unsound = 0;
+  std::uint64_t unexplained = 0;
+  std::uint64_t broken = 0; ///< Scenarios that could not be carried out as they are meant.
+};
+
+/// What all tables of this run share.
+struct Report {
+  Oracle& oracle;
+  bool has_swap = false;
+  Notes notes{};
+  Verdict verdict{};
+};
+
+std::string cell(Report& report, const Row& row, const Column& column, SurveyMode mode) {
+  const Case what = scenario(row, column, mode);
+  const Outcome outcome = report.oracle.run(what);
+  const Figures& figures = outcome.figures;
+  report.verdict.unsound += figures.unsound;
+  report.verdict.unexplained += figures.unexplained();
+  if (figures.substituted_regions > 0) return "–";
+  if (!outcome.holds() && figures.unsound == 0 && figures.unexplained() == 0) ++report.verdict.broken;
+  for (const std::string& problem : outcome.problems)
+    std::fprintf(stderr, "%s, %s: %s\n", row.name, column.name, problem.c_str());
+  const auto writer = static_cast<unsigned>(column.writer);
+  if (figures.done[writer] == 0 && total(figures.refused) > 0) return "–";
+  const bool is_disk_file = is_private_file(row.spec.memory) || row.spec.memory == Memory::shared_file;
+  if (column.writer == Writer::page_out && !report.has_swap && !is_disk_file) return "–";
+  std::string text = std::to_string(figures.unsound) + "/" + std::to_string(figures.missed);
+  for (unsigned i = 0; i < reason_kinds; ++i) {
+    if (figures.missed_for[i] == 0) continue;
+    text += " (" + std::to_string(report.notes.number_of(static_cast<Reason>(i))) + ")";
+  }
+  return text;
+}
+
+void print_table(Report& report, SurveyMode mode) {
+  std::printf("| memory |");
+  for (const Column& column : columns())
+    std::printf(" %s |", column.name);
+  std::printf("\n| --- |");
+  for (std::size_t i = 0; i < columns().size(); ++i)
+    std::printf(" --- |");
+  std::printf("\n");
+  for (const Row& row : rows()) {
+    std::printf("| %s |", row.name);
+    for (const Column& column : columns())
+      std::printf(" %s |", cell(report, row, column, mode).c_str());
+    std::printf("\n");
+    std::fflush(stdout);
+  }
+}
+
+} // namespace
+
+int main(int count, char**) {
+  if (count > 1) {
+    std::fputs("cppvmm-evidence-table: a Markdown table of kinds of memory and writers, on this kernel. No options.\n"
+               "Exit status: 0 when nothing was unsound, nothing missed without a reason, and every scenario ran.\n",
+               stderr);
+    return 2;
+  }
+  utsname name{};
+  if (uname(&name) != 0) return 1;
+  auto oracle = Oracle::start();
+  if (!oracle) {
+    std::fprintf(stderr, "%s\n", oracle.error().c_str());
+    return 1;
+  }
+  std::vector<std::string> lacking;
+  if (const auto vcpu = oracle->add_vcpu(); !vcpu) lacking.push_back("vCPUs: " + vcpu.error());
+  const auto pool = HugePool::take(24);
+  if (!pool) lacking.push_back("huge pages: " + pool.error());
+  const auto swap = SwapSpace::take();
+  if (!swap) lacking.push_back("swap: " + swap.error());
+
+  std::printf("## Linux %s\n\n", name.release);
+  std::printf(
+      "Each cell: unsound/missed pages of %u (8 MiB). A dash: the writer does not apply, or this machine lacks it.\n",
+      pages);
+  for (const std::string& line : lacking)
+    std::printf("Without %s.\n", line.c_str());
+  Report report{.oracle = *oracle, .has_swap = swap.has_value()};
+  const Verdict& verdict = report.verdict;
+  for (unsigned mode = 0; mode < survey_modes; ++mode) {
+    std::printf("\n### %s survey\n\n", to_string(static_cast<SurveyMode>(mode)));
+    print_table(report, static_cast<SurveyMode>(mode));
+  }
+  std::printf("\nWhy pages are missed:\n\n");
+  report.notes.print();
+  std::printf("\nunsound %llu, missed without a reason %llu\n", static_cast<unsigned long long>(verdict.unsound),
+              static_cast<unsigned long long>(verdict.unexplained));
+  return verdict.unsound + verdict.unexplained + verdict.broken == 0 ? 0 : 1;
+}
