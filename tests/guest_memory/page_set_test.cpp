@@ -1,3 +1,6 @@
+#include <algorithm>
+#include <bit>
+#include <cstddef>
 #include <cstdint>
 #include <gtest/gtest.h>
 #include <random>
@@ -50,6 +53,34 @@ TEST(PageSet, GivesTheLargestFirstAndOfEqualsTheLowest) {
   EXPECT_EQ(set.largest(3), (std::vector{pages(50, 7), pages(0, 3), pages(100, 3)}));
   EXPECT_EQ(set.largest(0), std::vector<PageRange>{});
   EXPECT_EQ(set.largest(99).size(), 4U);
+}
+
+// No choice of so many ranges, whole ones of the set or parts of them, has more pages than the largest.
+TEST(PageSet, GivesTheMostPagesThatSoManyRangesCanHave) {
+  constexpr unsigned universe = 12;
+  const auto runs = [](unsigned mask) { return std::popcount(mask & ~(mask << 1)); };
+  std::mt19937 random(255);
+  for (int round = 0; round < 100; ++round) {
+    const unsigned mask = random() % (1U << universe);
+    PageSet set;
+    for (unsigned page = 0; page < universe; ++page)
+      if ((mask >> page & 1) != 0) set.add(pages(page, 1));
+    for (int count = 0; count <= 6; ++count) {
+      int best = 0;
+      for (unsigned choice = mask;; choice = (choice - 1) & mask) {
+        if (runs(choice) <= count) best = std::max(best, std::popcount(choice));
+        if (choice == 0) break;
+      }
+      std::uint64_t sum = 0;
+      const auto chosen = set.largest(static_cast<std::size_t>(count));
+      for (const PageRange& range : chosen) {
+        EXPECT_TRUE(set.contains(range));
+        sum += range.count();
+      }
+      EXPECT_LE(chosen.size(), static_cast<std::size_t>(count));
+      ASSERT_EQ(sum, static_cast<std::uint64_t>(best)) << "set " << mask << ", " << count << " ranges";
+    }
+  }
 }
 
 TEST(PageSet, IsAValue) {

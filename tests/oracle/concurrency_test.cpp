@@ -8,6 +8,7 @@
 #include <gtest/gtest.h>
 #include <memory>
 #include <new>
+#include <sched.h>
 #include <string>
 #include <sys/mman.h>
 #include <sys/prctl.h>
@@ -45,6 +46,7 @@ static_assert(std::atomic<std::uint32_t>::is_always_lock_free, "used between pro
 struct Shared {
   std::array<PageState, pages> states;
   std::atomic<bool> stop = false;
+  std::atomic<std::uint64_t> allowed = 0; ///< How many pages the other process may have written.
 };
 
 class SharedMapping {
@@ -200,7 +202,9 @@ TEST_P(UnderAnotherProcess, HoldsWhileItWrites) {
       }
       views[i] = static_cast<std::byte*>(view);
     }
-    for (std::uint64_t i = 0; i < pages && !shared->stop; ++i) {
+    for (std::uint64_t i = 0; i < pages; ++i) {
+      while (i >= shared->allowed.load(std::memory_order_acquire))
+        sched_yield();
       const std::uint64_t page = i * 37 % pages;
       *static_cast<volatile std::byte*>(views[page / (pages / 2)] + page % (pages / 2) * page_size) = std::byte{1};
       publish_written(page);
@@ -209,9 +213,10 @@ TEST_P(UnderAnotherProcess, HoldsWhileItWrites) {
       pause();
   });
   ASSERT_TRUE(child.started());
-  // Until it has written everything.
+  // Until it has written everything: some pages during each survey, most of them before it.
   std::uint64_t written = 0;
   do {
+    shared->allowed.fetch_add(16, std::memory_order_release);
     written = 0;
     for (const std::uint32_t state : states())
       written += state;

@@ -149,12 +149,14 @@ HugePool::~HugePool() {
 }
 
 std::expected<SwapSpace, std::string> SwapSpace::take() {
-  const std::string swaps = text("/proc/swaps");
   SwapSpace space;
-  // One line of titles, one for each device.
-  if (swaps.find('\n') != std::string::npos && swaps.find('\n') + 1 < swaps.size()) return space;
   const long device = number("/sys/class/zram-control/hot_add");
-  if (device < 0) return std::unexpected("no swap, and no zram device can be made (needs root and CONFIG_ZRAM)");
+  if (device < 0) {
+    // One line of titles, one for each device.
+    const std::string swaps = text("/proc/swaps");
+    if (swaps.find('\n') != std::string::npos && swaps.find('\n') + 1 < swaps.size()) return space;
+    return std::unexpected("no swap, and no zram device can be made (needs root and CONFIG_ZRAM)");
+  }
   space.device_ = static_cast<int>(device);
   const std::string sys = "/sys/block/zram" + std::to_string(device);
   constexpr std::uint64_t bytes = std::uint64_t{1} << 30; // of which only what is swapped out takes memory

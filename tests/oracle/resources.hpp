@@ -24,7 +24,8 @@ private:
   long before_;
 };
 
-/// Something to swap to: what the host has, else a zram device that is made here and taken away again.
+/// Something to swap to: a zram device that is made here and taken away again, else what the host has. (A device of its
+/// own, for another test may take away the one that it made.)
 class SwapSpace {
 public:
   [[nodiscard]] static std::expected<SwapSpace, std::string> take();
