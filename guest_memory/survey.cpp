@@ -227,6 +227,7 @@ static void survey_region(const Region& region, const SurveyOptions& options, co
     for (const ExtentList& list : evidence.touched)
       report.given_up_pages += list.given_up_pages();
   }
+  report.touched_pages = touched.page_count();
   if (evidence.is_foreign) {
     survey.touched.add(touched);
     return;
@@ -250,7 +251,7 @@ static void survey_region(const Region& region, const SurveyOptions& options, co
     survey.touchers.mark(logged.logged, writes.log->log.by);
     survey.touchers.mark(logged.recorded, Toucher::host);
   }
-  report.touched_pages = touched.page_count();
+  report.zeroed_pages = region.pages().count() - touched.page_count();
   survey.touched.add(touched);
 }
 
@@ -264,9 +265,7 @@ Survey survey_map(const MemoryMap& map, const SurveyOptions& options, const Writ
     if (region.kind() == RegionKind::ram) {
       const auto begin = Clock::now();
       survey.ram.add(region.pages());
-      report.touched_pages = region.pages().count();
       survey_region(region, options, writes, budget, survey, report);
-      report.zeroed_pages = region.pages().count() - report.touched_pages;
       report.cost = Clock::now() - begin;
     }
     survey.regions.push_back(report);

@@ -58,8 +58,10 @@ export struct RegionSurvey {
   RegionKind kind{};
   Backing backing{};
   Evidence evidence = Evidence::none;
-  std::uint64_t touched_pages = 0; ///< By all that is known, before marks and what was left out.
-  std::uint64_t zeroed_pages = 0;  ///< The other pages of RAM.
+  std::uint64_t touched_pages = 0; ///< By that evidence alone.
+  /// Pages that are zero by all that is known, before marks and what was left out: with those that a watch, a log or a
+  /// look at the content took out of `touched_pages`.
+  std::uint64_t zeroed_pages = 0;
   /// Of an armed write watch, and of a write log that is declared complete.
   std::optional<WatchReport> watch = std::nullopt;
   std::optional<WatchReport> log = std::nullopt;
