@@ -568,25 +568,28 @@ TEST_F(RestoredSnapshot, ScatteredDiscardsDoNotUseUpTheMappingsOfTheProcess) {
 }
 
 TEST_F(RestoredSnapshot, IsAdoptedWithPartsDiscarded) {
-  // The memory goes on in anonymous memory of someone else, with which a discarded end is joined.
+  // It lies within anonymous memory of someone else, with which its ends are joined when they are discarded.
+  constexpr std::uint64_t bytes = count * page_size;
   void* const space =
-      mmap(nullptr, 2 * count * page_size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+      mmap(nullptr, 3 * bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   ASSERT_NE(space, MAP_FAILED);
-  ASSERT_NE(mmap(space, count * page_size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_FIXED, file, 0), MAP_FAILED);
-  const Region region = *Region::adopt(GuestAddress(0), {space, count * page_size, Backing::private_file, file, 0});
+  auto* const own = static_cast<char*>(space) + bytes;
+  ASSERT_NE(mmap(own, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_FIXED, file, 0), MAP_FAILED);
+  const Region region = *Region::adopt(GuestAddress(0), {own, bytes, Backing::private_file, file, 0});
   GuestMemory memory(*MemoryMap::make({region}));
-  static_cast<volatile char*>(space)[(count + 3) * page_size] = 1;
-  ASSERT_TRUE(memory.discard(pages(count - 500, 500)));
-  ASSERT_TRUE(memory.discard(pages(100, 100)));
-  store(region, 150);
-  PageSet touched = without(data, pages(count - 500, 500));
-  touched.remove(pages(100, 100));
-  touched.add(pages(150, 1));
+  PageSet touched = data;
+  for (const PageRange& part : {pages(0, 100), pages(count - 500, 500), pages(200, 100)}) {
+    ASSERT_TRUE(memory.discard(part));
+    touched.remove(part);
+  }
+  store(region, 250);
+  touched.add(pages(250, 1));
+  EXPECT_EQ(mappings_in(region), 4U); // and one that starts below, and goes on into it
   EXPECT_EQ(text(memory.survey().touched), text(touched));
-  EXPECT_EQ(memory.survey({.leave_out = {}, .source = EvidenceSource::legacy}).touched, touched);
+  EXPECT_EQ(text(memory.survey({.leave_out = {}, .source = EvidenceSource::legacy}).touched), text(touched));
   EXPECT_EQ(text(data_in(region)), text(touched));
   memory.replace({});
-  munmap(space, 2 * count * page_size);
+  munmap(space, 3 * bytes);
 }
 
 TEST_F(RestoredSnapshot, IsDiscardedAndWrittenDuringSurveys) {
