@@ -609,40 +609,50 @@ TEST(ContentCheck, NeverReportsAPageThatHoldsDataWhileOthersWrite) {
   }
 }
 
-/// Data that always is somewhere in its page, and moves one way while the page is read.
+/// Data that always is somewhere in its page, and moves one way, in steps, while the pages are read.
 void never_reports_data_that_moves(std::uint64_t from, std::uint64_t to) {
-  constexpr std::uint64_t count = 2048;
+  constexpr std::uint64_t count = 4096;
+  constexpr int rounds = 200;
+  constexpr std::uint64_t steps = 8;
   const Region region = small_pages(count * page_size);
   const GuestMemory memory(*MemoryMap::make({region}));
-  std::atomic<int> round_begun = 0;
+  const auto place = [&](std::uint64_t step) { return (from * (steps - step) + to * step) / steps; };
+  std::atomic<int> reading = 0; // the round that reads
+  std::atomic<int> reset = 0;   // the last one after which all data is where it was
   std::atomic<bool> is_surveyed = false;
-  constexpr int rounds = 300;
   for (std::uint64_t page = 0; page < count; ++page)
     store(region, page, from);
   std::jthread writer([&] {
     for (int round = 1; round <= rounds; ++round) {
-      round_begun.wait(round - 1);
-      for (std::uint64_t page = 0; page < count; ++page) {
-        store(region, page, to);
-        store(region, page, from, 0);
-      }
+      reading.wait(round - 1);
+      for (std::uint64_t step = 0; step < steps; ++step)
+        for (std::uint64_t page = 0; page < count; ++page) {
+          store(region, page, place(step + 1));
+          store(region, page, place(step), 0);
+        }
       is_surveyed.wait(false);
       for (std::uint64_t page = 0; page < count; ++page) {
         store(region, page, from);
         store(region, page, to, 0);
       }
       is_surveyed = false;
-      is_surveyed.notify_all();
+      reset = round;
+      reset.notify_all();
     }
   });
   for (int round = 1; round <= rounds; ++round) {
-    round_begun = round;
-    round_begun.notify_all();
-    const Survey survey = memory.survey(with());
+    // The executor is asked right before reading begins.
+    const auto begin = [&](const auto&) {
+      reading = round;
+      reading.notify_all();
+    };
+    const Survey survey = memory.survey(with({.executor = begin, .parallel_tasks = 1}));
     EXPECT_TRUE(survey.zeroed.empty()) << survey.zeroed.page_count() << " pages in round " << round;
+    EXPECT_EQ(reading, round);
+    begin(0);
     is_surveyed = true;
     is_surveyed.notify_all();
-    is_surveyed.wait(true);
+    reset.wait(round - 1);
   }
 }
 
