@@ -88,8 +88,8 @@ bool is_supported(ZeroScan scan) {
 
 ZeroScan resolve(ZeroScan scan) {
   if (scan != ZeroScan::automatic) return is_supported(scan) ? scan : ZeroScan::portable;
-  // Memory is the limit (benches/guest_memory/content_check_bench.cpp): 512-bit instructions gain nothing, and older CPUs
-  // lower a core's clock for them, guests' included.
+  // Memory is the limit (benches/guest_memory/content_check_bench.cpp): 512-bit instructions gain nothing, and older
+  // CPUs lower a core's clock for them, guests' included.
   return is_supported(ZeroScan::avx2) ? ZeroScan::avx2 : ZeroScan::portable;
 }
 
