@@ -37,6 +37,9 @@ std::expected<Helper, std::string> Helper::start() {
     close(ends[0]);
     prctl(PR_SET_PDEATHSIG, SIGKILL);
     if (getppid() != parent) _exit(0);
+    // What a terminal sends to all of a group is for the parent to act on.
+    for (const int signal : {SIGINT, SIGTERM, SIGHUP})
+      std::signal(signal, SIG_IGN);
     serve(ends[1], parent);
   }
   const int error = errno;

@@ -3,6 +3,7 @@
 #include "resources.hpp"
 
 #include <chrono>
+#include <csignal>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -61,6 +62,10 @@ std::optional<Bounds> parse(int count, char** words) {
   return bounds;
 }
 
+/// Ctrl-C ends the run in order: what was taken of the host is given back, and the figures are printed.
+volatile std::sig_atomic_t was_interrupted = 0;
+void interrupt(int) { was_interrupted = 1; }
+
 unsigned long long wide(std::uint64_t value) { return value; }
 
 } // namespace
@@ -71,6 +76,12 @@ int main(int count, char** words) {
     std::fputs(usage, stderr);
     return 2;
   }
+  struct sigaction action{};
+  action.sa_handler = interrupt;
+  action.sa_flags = SA_RESTART;
+  for (const int signal : {SIGINT, SIGTERM, SIGHUP})
+    if (sigaction(signal, &action, nullptr) != 0) return 1;
+
   Profile profile{.large = !bounds->small};
   auto oracle = Oracle::start();
   if (!oracle) {
@@ -107,7 +118,8 @@ int main(int count, char** words) {
                    std::chrono::duration<double>(now - begin).count(), is_terminal ? "" : "\n");
       next_line = now + std::chrono::seconds(is_terminal ? 1 : 30);
     }
-    return figures.page_checks < bounds->pages && (!bounds->time || now - begin < *bounds->time);
+    return was_interrupted == 0 && figures.page_checks < bounds->pages &&
+           (!bounds->time || now - begin < *bounds->time);
   };
   const Session session = run_cases(*oracle, what, profile, goes_on);
   if (is_terminal) std::fputs("\r\033[K", stderr);
