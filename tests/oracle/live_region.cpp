@@ -233,12 +233,12 @@ std::uint32_t LiveRegion::window_base() const {
   return static_cast<std::uint32_t>(start / page_size % huge_pages);
 }
 
-bool LiveRegion::reads_leave_no_trace(bool legacy) const {
+bool LiveRegion::reads_leave_no_trace(SurveyMode mode) const {
   const KernelFacts& kernel = kernel_facts();
   switch (spec_.memory) {
   case Memory::anonymous:
   case Memory::adopted_anonymous:
-    return kernel.page_map_scan && !legacy && !is_coarse();
+    return kernel.page_map_scan && mode != SurveyMode::legacy && !is_coarse();
   case Memory::private_file:
   case Memory::adopted_private_file:
   case Memory::shared_file:
@@ -268,14 +268,16 @@ void LiveRegion::touched(std::uint32_t page, std::uint32_t count, Reason why) {
 void LiveRegion::discarded(std::uint32_t page, std::uint32_t count) {
   for (std::uint32_t at = page; at < page + count; ++at) {
     contents_[at] = file_contents_[at];
-    reasons_[at] = Reason::none;
+    // Whoever made a private copy has read the file first, where that allocates.
+    const bool was_read = is_private_file(spec_.memory) && reasons_[at] != Reason::none;
+    reasons_[at] = was_read ? Reason::read : Reason::none;
   }
 }
 
-Reason LiveRegion::reason(std::uint32_t page, bool legacy) const {
+Reason LiveRegion::reason(std::uint32_t page, SurveyMode mode) const {
   const KernelFacts& kernel = kernel_facts();
   if (spec_.memory == Memory::unknown) return Reason::no_evidence;
-  const bool has_cachestat = kernel.cachestat && !legacy;
+  const bool has_cachestat = kernel.cachestat && mode != SurveyMode::legacy;
   if (spec_.memory == Memory::shared_file && !has_cachestat) return Reason::no_evidence;
   if (spec_.memory == Memory::shared_anonymous && !kernel.map_files) return Reason::no_evidence;
   // Without cachestat, allocated pages that nobody wrote cannot be told from data in migration, wherever they are.
@@ -283,7 +285,7 @@ Reason LiveRegion::reason(std::uint32_t page, bool legacy) const {
   if (spec_.memory == Memory::hugetlb_memfd &&
       (facts.written_elsewhere || facts.entries_dropped || facts.allocated_unwritten))
     return Reason::other_process;
-  const bool is_traceless = reads_leave_no_trace(legacy);
+  const bool is_traceless = reads_leave_no_trace(mode);
   const auto counts = [&](Reason why) { return why != Reason::none && !(why == Reason::read && is_traceless); };
   if (counts(reasons_[page])) return reasons_[page];
   // khugepaged may have made a huge page of it, for a neighbour's sake.

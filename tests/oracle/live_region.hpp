@@ -71,8 +71,8 @@ public:
   void discarded(std::uint32_t page, std::uint32_t count);
   [[nodiscard]] Content content(std::uint32_t page) const { return contents_[page]; }
   void set_content(std::uint32_t page, Content content) { contents_[page] = content; }
-  /// Why the page may be missing, all things considered but those that concern the answer; `legacy`: to that survey.
-  [[nodiscard]] Reason reason(std::uint32_t page, bool legacy) const;
+  /// Why the page may be missing, all things considered but those that concern the answer.
+  [[nodiscard]] Reason reason(std::uint32_t page, SurveyMode mode) const;
   RegionFacts facts;
 
 private:
@@ -82,7 +82,7 @@ private:
   [[nodiscard]] std::uint32_t window() const;
   /// Where page 0 is in the first window that it is in.
   [[nodiscard]] std::uint32_t window_base() const;
-  [[nodiscard]] bool reads_leave_no_trace(bool legacy) const;
+  [[nodiscard]] bool reads_leave_no_trace(SurveyMode mode) const;
 
   RegionSpec spec_;
   std::uint64_t first_page_ = 0;

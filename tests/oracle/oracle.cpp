@@ -472,7 +472,8 @@ private:
       children_.push_back(child);
     else
       bury(child);
-    // What a child does to private memory is its own.
+    // What a child does to private memory is its own; but for reading what is behind it.
+    if (is_private_file(live.spec().memory)) live.touched(page, count, Reason::read);
     if (!is_shared(live.spec().memory)) return got == 1;
     live.facts.written_elsewhere = true;
     return written(live, page, count, got == 1 ? 0 : EIO);
@@ -769,7 +770,7 @@ private:
     if (contains(zeroed_, number)) return is_full_ ? Reason::beyond_255 : Reason::none;
     if (contains(left_out_, number)) return Reason::left_out;
     if (contains(marked_, number)) return Reason::marked;
-    return live.reason(page, case_.mode == SurveyMode::legacy);
+    return live.reason(page, case_.mode);
   }
 
   Oracle& oracle_;
