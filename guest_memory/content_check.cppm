@@ -36,11 +36,16 @@ export [[nodiscard]] bool is_supported(ZeroScan scan);
 /// it where nothing but the asking guest writes to RAM once it has asked; or keep huge pages off a region until the
 /// answer was given, which makes the books exact without a look.
 ///
-/// What is promised: every page found zero had each of its words read as zero during the call, twice, in ascending and
-/// then in descending order (pages that are not mapped in this process: both times in ascending order, by pread(2)). A
-/// page that holds data from before the call until after it is therefore never found zero, but for one whose data is
-/// moved about meanwhile so that it is, both times, within the microsecond that a pass takes, taken from the part that
-/// was not read yet to the part that was.
+/// What is promised: of private memory (anonymous, hugetlb, private files), on Linux 6.7 and later and where no write
+/// watch is armed, the pages are write-protected while they are read, and a page that was written meanwhile is not
+/// found zero: each page found zero was so as a whole at a moment during the call (ContentCheckReport::is_watched).
+/// That costs the guest a fault at its next store to each page that was looked at.
+///
+/// Elsewhere, every page found zero had each of its words read as zero during the call, four times in ascending and
+/// four times in descending order (pages that are not mapped in this process: eight times in ascending order, by
+/// pread(2)). A page that holds data from before the call until after it is therefore not found zero, but for one whose
+/// data is moved about meanwhile so that it is, each time, within the part of a microsecond that a pass takes, taken
+/// from the part that was not read yet to the part that was.
 ///
 /// What is read: pages that are present just before, and are not swapped out; of files on disks, those that are mapped
 /// in this process. No page of a hole is allocated and none is swapped in, unless a page is discarded or swapped out in
@@ -69,6 +74,10 @@ export struct ContentCheckReport {
   std::uint64_t zero_pages = 0;      ///< Of these, read as zero.
   std::uint64_t absent_pages = 0;    ///< Not present, swapped out, or nobody could tell: not read, they stay touched.
   std::uint64_t unchecked_pages = 0; ///< Beyond the budget: they stay touched.
+  /// Whether writes were watched while the pages were read, so that what was found is exact.
+  bool is_watched = false;
+  /// Pages that read zero, and were written while they were looked at: they stay touched.
+  std::uint64_t written_pages = 0;
   std::chrono::nanoseconds cost{};
   /// The first call that failed: the pages concerned are among the absent ones.
   std::optional<MemoryError> error = std::nullopt;

@@ -173,8 +173,8 @@ private:
 class ContentWork {
 public:
   ContentWork(const FileMapping& mapping, OtherPages others, int pagemap, std::span<const Extent> touched,
-              ZeroScan zero_scan, ContentBudget& budget, ZeroPages& zero_pages)
-      : mapping_(mapping), others_(others), pagemap_(pagemap), touched_(touched), zero_scan_(zero_scan),
+              ZeroScan zero_scan, unsigned looks, ContentBudget& budget, ZeroPages& zero_pages)
+      : mapping_(mapping), others_(others), pagemap_(pagemap), touched_(touched), zero_scan_(zero_scan), looks_(looks),
         budget_(budget), zero_pages_(zero_pages), blocks_(blocks_of(touched)) {}
 
   [[nodiscard]] std::size_t blocks() const { return blocks_.size(); }
@@ -267,7 +267,7 @@ private:
       if (plan[i] == ReadPlan::by_mapping) {
         ++worker.checked;
         --granted;
-        if (is_zero_page(zero_scan_, static_cast<const std::byte*>(mapping_.host) + (page + i) * page_size))
+        if (is_zero(static_cast<const std::byte*>(mapping_.host) + (page + i) * page_size))
           found_zero(worker, page + i);
         ++i;
       } else if (plan[i] == ReadPlan::by_descriptor) {
@@ -283,20 +283,32 @@ private:
     }
   }
 
-  /// Reads some pages, at least one, through the descriptor, twice; how many.
+  [[nodiscard]] bool is_zero(const void* page) const {
+    for (unsigned look = 0; look < looks_; ++look)
+      if (!is_zero_page(zero_scan_, page)) return false;
+    return true;
+  }
+
+  /// Reads some pages, at least one, through the descriptor, in as many passes; how many.
   std::uint64_t read_descriptor(ContentWorker& worker, std::uint64_t page, std::uint64_t count) {
     std::array<bool, bounce_pages> zero{};
-    const std::uint64_t once = read_file(worker, page, count);
+    std::uint64_t pages = read_file(worker, page, count);
+    worker.checked += pages;
+    if (pages == 0) {
+      ++worker.absent;
+      return 1;
+    }
+    const std::uint64_t once = pages;
+    std::fill_n(zero.begin(), once, true);
+    for (unsigned pass = 1;; ++pass) {
+      for (std::uint64_t i = 0; i < once; ++i)
+        zero[i] = zero[i] && i < pages && is_zero_page(zero_scan_, worker.bounce.data() + i * page_size);
+      if (pass == 2 * looks_ || std::ranges::find(zero, true) == zero.end()) break;
+      pages = read_file(worker, page, once);
+    }
     for (std::uint64_t i = 0; i < once; ++i)
-      zero[i] = is_zero_page(zero_scan_, worker.bounce.data() + i * page_size);
-    const bool any_zero = std::ranges::find(zero, true) != zero.end();
-    const std::uint64_t twice = any_zero ? read_file(worker, page, once) : once;
-    for (std::uint64_t i = 0; i < twice; ++i)
-      if (zero[i] && is_zero_page(zero_scan_, worker.bounce.data() + i * page_size)) found_zero(worker, page + i);
-    worker.checked += once;
-    if (once > 0) return once;
-    ++worker.absent;
-    return 1;
+      if (zero[i]) found_zero(worker, page + i);
+    return once;
   }
 
   /// How many whole pages could be read.
@@ -328,6 +340,7 @@ private:
   int pagemap_;
   std::span<const Extent> touched_;
   ZeroScan zero_scan_;
+  unsigned looks_;
   ContentBudget& budget_;
   ZeroPages& zero_pages_;
   std::vector<ContentBlock> blocks_;
@@ -401,7 +414,7 @@ static std::vector<std::unique_ptr<ContentWorker>> run(ContentWork& scan, const 
 }
 
 ContentScan scan_content(const FileMapping& mapping, Backing backing, std::span<const Extent> touched,
-                         const ContentCheckOptions& options, ContentBudget& budget) {
+                         const ContentCheckOptions& options, ContentBudget& budget, unsigned looks) {
   const auto begin = Clock::now();
   ContentScan result;
   ContentCheckReport& report = result.report;
@@ -431,7 +444,7 @@ ContentScan scan_content(const FileMapping& mapping, Backing backing, std::span<
     without_looking();
     return result;
   }
-  ContentWork scan(mapping, other_pages(backing), pagemap, touched, resolve(options.scan), budget, zero_pages);
+  ContentWork scan(mapping, other_pages(backing), pagemap, touched, resolve(options.scan), looks, budget, zero_pages);
   const auto workers = run(scan, options);
   close(pagemap);
 

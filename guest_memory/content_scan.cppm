@@ -33,10 +33,16 @@ struct ContentScan {
   ContentCheckReport report;
 };
 
+/// How often a page is read, in either direction, before it counts as zero: once where writes are watched meanwhile, so
+/// that those which moved data past the reader are known; else so often that data would have to move past the reader
+/// each time, in step with it.
+inline constexpr unsigned looks_at_watched = 1;
+inline constexpr unsigned looks_at_unwatched = 4;
+
 /// Looks at the content of `touched`, extents of pages within the mapping that are ascending, disjoint and counted from
 /// its start (see ContentCheckOptions). The mapping is of the kind that `backing` says, as check_backing found before
 /// and must find after.
 [[nodiscard]] ContentScan scan_content(const FileMapping& mapping, Backing backing, std::span<const Extent> touched,
-                                       const ContentCheckOptions& options, ContentBudget& budget);
+                                       const ContentCheckOptions& options, ContentBudget& budget, unsigned looks);
 
 } // namespace cppvmm

@@ -41,8 +41,12 @@ struct FileMapping {
 /// What is known of a region of RAM by the kernel's books.
 [[nodiscard]] RegionEvidence region_evidence(const Region& region, EvidenceSource source);
 
-/// The survey of one snapshot, without marks. What is known of writes is looked up for the regions that have it.
-[[nodiscard]] Survey survey_map(const MemoryMap& map, const SurveyOptions& options, const WriteKnowledge& writes);
+class ContentBudget;
+
+/// The survey of one snapshot, without marks. What is known of writes is looked up for the regions that have it;
+/// content is looked at as far as `budget` goes, if there is one.
+[[nodiscard]] Survey survey_map(const MemoryMap& map, const SurveyOptions& options, const WriteKnowledge& writes,
+                                ContentBudget* budget);
 
 /// Those of the pages that may hold data, by a look at the content of all that can be looked at.
 [[nodiscard]] ExtentList data_among(const Region& region, const ExtentList& pages);

@@ -4,10 +4,13 @@ module;
 #include <expected>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <utility>
 #include <vector>
 module cppvmm.guest_memory:guest_memory.impl;
 import :address;
+import :content_check;
+import :content_scan;
 import :error;
 import :evidence;
 import :extents;
@@ -247,9 +250,11 @@ MemoryResult<Discarded> GuestMemory::reset(const PageSet& keep) {
 Survey GuestMemory::survey(const SurveyOptions& options) const {
   constexpr int attempts = 4;
   const auto begin = std::chrono::steady_clock::now();
+  std::optional<ContentBudget> budget;
+  if (options.content_check) budget.emplace(*options.content_check);
   for (int attempt = 1;; ++attempt) {
     const auto map = snapshot();
-    Survey survey = survey_map(*map, options, state_->known_writes());
+    Survey survey = survey_map(*map, options, state_->known_writes(), budget ? &*budget : nullptr);
     // Marks are read last: all that were made before the survey began are among them.
     const TouchedMap by_hand = marks();
     for (const auto& [pages, by] : by_hand.entries())

@@ -97,7 +97,8 @@ public:
   /// that held data before the call began is left out of `zeroed`, whoever wrote it: this process, a vCPU, or another
   /// process that shares the memfd. Never fails: where evidence can't be had, memory counts as touched and the region's
   /// report says why. When the map is replaced meanwhile the survey starts over, at most 3 times; after that everything
-  /// counts as touched. Costs system calls in proportion to the number of touched extents, and no memory is touched.
+  /// counts as touched. Costs system calls in proportion to the number of touched extents; no guest memory is touched
+  /// unless a look at its content is asked for.
   ///
   /// A page that is discarded (MADV_DONTNEED, hole punched) during the call may or may not be zeroed. Before Linux 6.5,
   /// discards of a memfd's pages by other processes during the call can also hide a page that the kernel is migrating

@@ -123,7 +123,8 @@ RegionEvidence region_evidence(const Region& region, EvidenceSource source) {
 ExtentList data_among(const Region& region, const ExtentList& pages) {
   const ContentCheckOptions options;
   ContentBudget budget(options);
-  return scan_content(file_mapping(region), region.backing(), pages.extents(), options, budget).touched;
+  return scan_content(file_mapping(region), region.backing(), pages.extents(), options, budget, looks_at_watched)
+      .touched;
 }
 
 /// The pages of all the lists, which count from the start of `region`.
@@ -198,25 +199,56 @@ static WatchReport narrow(PageSet& touched, const KeptLog& kept, WriteRecord& re
   return report;
 }
 
+/// Whether all writes to it go through this mapping, but for device DMA to pages that were pinned before.
+static bool is_private(Backing backing) {
+  return backing == Backing::anonymous || backing == Backing::hugetlb || backing == Backing::private_file;
+}
+
 /// Takes from `touched`, which are pages of the region, those whose content reads zero.
 static void check_content(PageSet& touched, const Region& region, const ContentCheckOptions& options,
-                          ContentBudget& budget, RegionSurvey& report) {
+                          ContentBudget& budget, std::mutex& one_at_a_time, RegionSurvey& report) {
+  const auto begin = Clock::now();
   const FileMapping memory = file_mapping(region);
   const std::uint64_t start = region.pages().first().value();
   std::vector<Extent> extents;
   for (const PageRange& range : touched.ranges())
     extents.push_back({range.first().value() - start, range.count()});
-  const ContentScan scan = scan_content(memory, region.backing(), extents, options, budget);
+  // Words are read one after the other: of a page that is written meanwhile, each may have been zero when it was read,
+  // and the page never.
+  std::unique_lock lock(one_at_a_time, std::defer_lock);
+  std::unique_ptr<WriteWatch> watch;
+  if (is_private(region.backing())) {
+    lock.lock();
+    if (auto armed = WriteWatch::arm(region, extents)) watch = std::move(*armed);
+  }
+  ContentScan scan =
+      scan_content(memory, region.backing(), extents, options, budget, watch ? looks_at_watched : looks_at_unwatched);
+  PageSet data = union_of(region.pages(), std::span(&scan.touched, 1));
+  report.content = scan.report;
+  report.content->is_watched = watch != nullptr;
+  if (watch) {
+    if (const auto written = watch->may_hold_data(); !written) {
+      report.content->error = written.error();
+      data = touched;
+    } else {
+      PageSet moved = touched;
+      moved.remove(data);
+      moved.intersect(union_of(region.pages(), *written));
+      report.content->written_pages = moved.page_count();
+      data.add(moved);
+    }
+    watch.reset();
+  }
+  report.content->cost = Clock::now() - begin;
   // What was read has to be what the guest has.
   if (!check_backing(memory, region.backing(), region.kind())) return;
-  touched = union_of(region.pages(), std::span(&scan.touched, 1));
+  touched = std::move(data);
   report.given_up_pages += scan.touched.given_up_pages();
-  report.content = scan.report;
 }
 
 /// Surveys one region of RAM: adds to the survey's sets, and fills the report.
 static void survey_region(const Region& region, const SurveyOptions& options, const WriteKnowledge& writes,
-                          std::optional<ContentBudget>& budget, Survey& survey, RegionSurvey& report) {
+                          ContentBudget* budget, Survey& survey, RegionSurvey& report) {
   const RegionEvidence evidence = region_evidence(region, options.source);
   report.evidence = evidence.kind;
   report.unaccounted_pages = evidence.unaccounted_pages;
@@ -243,7 +275,7 @@ static void survey_region(const Region& region, const SurveyOptions& options, co
       if (narrowed.error || (writes.log->is_complete && is_watchable(region.backing()))) report.log = narrowed;
     }
   }
-  if (budget) check_content(touched, region, *options.content_check, *budget, report);
+  if (budget) check_content(touched, region, *options.content_check, *budget, *writes.content_checks, report);
   if (writes.log) {
     // A page that was discarded since is in the log, and not touched.
     logged.logged.intersect(touched);
@@ -255,10 +287,9 @@ static void survey_region(const Region& region, const SurveyOptions& options, co
   survey.touched.add(touched);
 }
 
-Survey survey_map(const MemoryMap& map, const SurveyOptions& options, const WriteKnowledge& writes) {
+Survey survey_map(const MemoryMap& map, const SurveyOptions& options, const WriteKnowledge& writes,
+                  ContentBudget* budget) {
   Survey survey;
-  std::optional<ContentBudget> budget;
-  if (options.content_check) budget.emplace(*options.content_check);
   for (const Region& region : map.regions()) {
     RegionSurvey report{.pages = region.pages(), .kind = region.kind(), .backing = region.backing()};
     // ROM is never reported, so nothing needs to be known of it.

@@ -81,8 +81,9 @@ export struct Survey {
   PageSet ram;
   /// Pages of RAM that may hold data: by evidence, by mark, or because nothing is known.
   PageSet touched;
-  /// ram - touched - left out. Each of these pages read zero at a moment during the survey; none of them held data when
-  /// it began, but for pages that were discarded since.
+  /// ram - touched - left out. Each of these pages was zero at a moment during the survey (for a look at the content of
+  /// shared memory, see ContentCheckOptions); none of them held data when it began, but for pages that were discarded,
+  /// or with a look at the content overwritten with zeros, since.
   PageSet zeroed;
   /// Who wrote, as far as it is known: what was marked by hand, what a write log and its record of the accessors show.
   /// The other touched pages have an unknown writer.

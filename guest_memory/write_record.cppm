@@ -83,6 +83,8 @@ struct KeptLog {
 struct WriteKnowledge {
   std::vector<std::shared_ptr<const WriteWatch>> watches;
   std::shared_ptr<KeptLog> log;
+  /// Held by whoever looks at content: memory has one watch at a time.
+  std::shared_ptr<std::mutex> content_checks = std::make_shared<std::mutex>();
 };
 
 } // namespace cppvmm

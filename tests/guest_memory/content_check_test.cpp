@@ -609,6 +609,31 @@ TEST(ContentCheck, NeverReportsAPageThatHoldsDataWhileOthersWrite) {
   }
 }
 
+TEST(ContentCheck, IsNotMisledByDataThatGoesToAndFroWhereWritesAreWatched) {
+  constexpr std::uint64_t count = 64;
+  const Region region = small_pages(count * page_size);
+  const GuestMemory memory(*MemoryMap::make({region}));
+  for (std::uint64_t page = 0; page < count; ++page)
+    store(region, page, 0);
+  std::jthread writer([&](const std::stop_token& stop) {
+    for (std::uint64_t pace = 0; !stop.stop_requested(); pace = (pace + 1) % 64)
+      for (std::uint64_t page = 0; page < count; ++page) {
+        store(region, page, page_size - 1);
+        store(region, page, 0, 0);
+        for (std::uint64_t wait = 0; wait < pace; ++wait)
+          std::atomic_signal_fence(std::memory_order_seq_cst);
+        store(region, page, 0);
+        store(region, page, page_size - 1, 0);
+      }
+  });
+  for (int round = 0; round < 300; ++round) {
+    const Survey survey = memory.survey(with());
+    ASSERT_TRUE(survey.regions[0].content);
+    if (!survey.regions[0].content->is_watched) GTEST_SKIP() << "this kernel has no asynchronous write protection";
+    EXPECT_TRUE(survey.zeroed.empty()) << survey.zeroed.page_count() << " pages in round " << round;
+  }
+}
+
 /// Data that always is somewhere in its page, and moves one way, in steps, while the pages are read.
 void never_reports_data_that_moves(std::uint64_t from, std::uint64_t to) {
   constexpr std::uint64_t count = 4096;
