@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # kernel.sh VERSION FOLDER: makes FOLDER hold what machine.sh boots: the distribution's own Linux VERSION (such as 6.12)
-#   vmlinuz, config; modules/, uncompressed; their order in `load`; a static busybox; `package`: the names and versions of
-#   the packages that all this is from
+#   vmlinuz, config; modules/, uncompressed; their order in `load`; a static busybox; `package`: the names and versions
+#   of the packages that all this is from
 # They are downloaded with apt and unpacked; nothing is installed. FOLDER is left as it is when it holds them already.
 # Status 3: apt knows no such kernel, here and now.
 # kernel.sh --find VERSION: only says which package it would be.
 set -euo pipefail
 
-# Loaded in the machine, with what they depend on: KVM on SVM; and the ports that its output comes through, and what swap
-# is made of, where they are not built in.
+# Loaded in the machine, with what they depend on: KVM on SVM; and the ports that its output comes through, and what
+# swap is made of, where they are not built in.
 needed=(kvm-amd)
 optional=(virtio_pci virtio_console zram)
 
@@ -17,10 +17,12 @@ die() {
   exit 1
 }
 
-depends_of() { apt-cache depends --no-recommends --no-suggests "$1" 2>/dev/null | sed -nE 's/^ *\|?(Pre)?Depends: *//p'; }
+depends_of() {
+  apt-cache depends --no-recommends --no-suggests "$1" 2>/dev/null | sed -nE 's/^ *\|?(Pre)?Depends: *//p'
+}
 
 # Whether apt can download it: a package that is only named by others has no version.
-can_have() { apt-cache show --no-all-versions "$1" >/dev/null 2>&1; }
+can_have() { [[ -n $(apt-cache show --no-all-versions "$1" 2>/dev/null) ]]; }
 
 # The package of the newest kernel of that version, by what the distribution's meta packages stand for.
 find_package() {
@@ -85,7 +87,7 @@ configs=("$work"/tree/boot/config-*)
 mv "${images[0]}" "$work/kernel/vmlinuz"
 if ((${#configs[@]} > 0)); then mv "${configs[0]}" "$work/kernel/config"; fi
 
-# module_file NAME: the module's file; nothing when the packages have none of that name. Names are alike but for - and _.
+# module_file NAME: the module's file; nothing when the packages have none of that name. In names - and _ are the same.
 module_file() {
   local pattern=${1//[-_]/[-_]}
   find "$work/tree" -type f \( -name "$pattern.ko" -o -name "$pattern.ko.*" \) -print -quit
@@ -112,8 +114,7 @@ take_module() {
   if [[ -z $file ]]; then return; fi
   unpack_module "$file" >"$work/kernel/modules/$name.ko" || die "$file cannot be unpacked"
   # What a module says of itself is a list of NAME=VALUE strings, each ended by a zero byte.
-  IFS=, read -r -a dependencies < <(tr '\0' '\n' <"$work/kernel/modules/$name.ko" | sed -n 's/^depends=//p' | head -n 1) ||
-    true
+  IFS=, read -r -a dependencies < <(tr '\0' '\n' <"$work/kernel/modules/$name.ko" | sed -n 's/^depends=//p') || true
   for dependency in "${dependencies[@]}"; do take_module "$dependency"; done
   echo "$name" >>"$work/kernel/load"
 }

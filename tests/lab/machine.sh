@@ -7,9 +7,10 @@
 #   124  it ran longer than --timeout seconds
 #   125  the machine stopped, and PROGRAM had not ended; twice, for it is tried once more
 #   126  the machine cannot be made
-# PROGRAM with a slash is a file of this host; without one it is a busybox applet (sh), else found through PATH. It and each
-# --include (a file or a folder) are in the machine at /NAME, or /DEST, with the shared libraries they need. PROGRAM starts
-# in /tmp; its files are a tmpfs; /proc, /sys, /dev, /dev/shm and the control groups are mounted; there is no network.
+# PROGRAM with a slash is a file of this host; without one it is a busybox applet (sh), else found through PATH. It and
+# each --include (a file or a folder) are in the machine at /NAME, or /DEST, with the shared libraries they need.
+# PROGRAM starts in /tmp. All files are a tmpfs's; /proc, /sys, /dev, /dev/shm and the control groups are mounted; there
+# is no network.
 # LAB_CONSOLE names a file for what the machine's kernel says.
 set -euo pipefail
 
@@ -91,7 +92,9 @@ add() {
 }
 
 # free_name PATH: a place in the machine that nothing is at.
-free_name() { [[ ! -e $root/$1 ]] || fail "the machine has a /$1 of its own: give it another name with --include PATH:DEST"; }
+free_name() {
+  [[ ! -e $root/$1 ]] || fail "the machine has a /$1 of its own: give it another name with --include PATH:DEST"
+}
 
 for entry in "${includes[@]}"; do
   source=${entry%%:*}
@@ -110,7 +113,6 @@ for entry in "${includes[@]}"; do
 done
 
 program=$1
-shift
 if [[ $program == */* ]]; then
   [[ -f $program && -x $program ]] || fail "$program is no program"
   name=/$(basename "$program")
@@ -118,7 +120,7 @@ elif [[ -e $root/bin/$program ]]; then
   name=$program
 else
   name=/$program
-  program=$(type -P "$program") || fail "there is no program $program"
+  program=$(type -P -- "$program") || fail "there is no program $1"
 fi
 if [[ $name == /* ]] && ! cmp -s "$program" "$root$name"; then
   free_name "${name#/}"
@@ -129,10 +131,10 @@ quoted() {
   local word
   for word in "$@"; do printf "'%s' " "${word//\'/\'\\\'\'}"; done
 }
-printf 'exec %s\n' "$(quoted "$name" "$@")" >"$root/command"
+printf 'exec %s\n' "$(quoted "$name" "${@:2}")" >"$root/command"
 
-# The ports are told apart by the names that QEMU gives them. What the program writes does not go over the console, where
-# the kernel would talk into it.
+# The ports are told apart by the names that QEMU gives them. What the program writes does not go over the console,
+# where the kernel would talk into it.
 cat >"$root/init" <<'INIT'
 #!/bin/sh
 export PATH=/bin:/sbin:/usr/bin:/usr/sbin HOME=/root
@@ -183,8 +185,12 @@ run_machine() {
   readers+=($!)
   # They read until this end is closed too: QEMU may end before it has opened its own.
   exec {out}>"$work/out" {err}>"$work/err"
+  # The CPUs take turns in one thread. In threads of their own one of them sooner or later traps on an int3 that the
+  # kernel's patching of itself has taken away again, which is a panic. KVM has the scheduler patched whenever the first
+  # VM is made or the last one ends: some hundred VMs were enough (QEMU 7.2, Linux 6.12).
   # A panic ends the machine, by a restart that QEMU does not make.
-  timeout --foreground "$limit" qemu-system-x86_64 -accel tcg,thread=multi -cpu EPYC,+svm,+npt -smp "$cpus" -m "$memory" \
+  timeout --foreground "$limit" qemu-system-x86_64 \
+    -accel tcg,thread=single -cpu EPYC,+svm,+npt -smp "$cpus" -m "$memory" \
     -kernel "$kernel/vmlinuz" -initrd "$work/initramfs" -append 'console=ttyS0 quiet panic=-1 mitigations=off' \
     -display none -monitor none -nic none -no-reboot -serial "file:$work/console" \
     -chardev "file,id=out,path=$work/out" -chardev "file,id=err,path=$work/err" \

@@ -1,6 +1,6 @@
 #!/bin/sh
-# tests.sh PROGRAM...: runs the tests inside the machine; its shell is busybox's. Each PROGRAM is a GoogleTest binary; after
-# them cppvmm-boot boots its guest in every way. summary.awk reads what this prints.
+# tests.sh PROGRAM...: runs the tests inside the machine; its shell is busybox's. Each PROGRAM is a GoogleTest binary;
+# after them cppvmm-boot boots its guest in every way. summary.awk reads what this prints.
 set -u
 
 # run NAME COMMAND...
@@ -21,6 +21,8 @@ if [ ! -c /dev/kvm ]; then
   exit 1
 fi
 
+# The pool that hugetlb memory is taken from: 256 MiB and some.
+echo 160 >/proc/sys/vm/nr_hugepages
 for program in "$@"; do run "$program" timeout 3000 "/$program" --gtest_color=no; done
 
 # scenario BACKING TRANSPORT CPUS
@@ -55,6 +57,4 @@ boot() {
   done
 }
 
-# cppvmm-boot takes its huge pages from the host's pool.
-echo 160 >/proc/sys/vm/nr_hugepages
 run cppvmm-boot boot
