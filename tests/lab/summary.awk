@@ -10,7 +10,11 @@
 # GoogleTest names a test with its time when it ends, and failed and skipped ones again, without, after all.
 /^\[       OK \] .* \([0-9]+ ms\)$/ { passed[program]++ }
 /^\[  SKIPPED \] .* \([0-9]+ ms\)$/ { skipped[program]++ }
-/^\[  FAILED  \] .* \([0-9]+ ms\)$/ { failed[program]++; names[program] = names[program] "\n  failed: " $4 }
+/^\[  FAILED  \] .* \([0-9]+ ms\)$/ {
+  failed[program]++
+  sub(/,$/, "", $4)
+  names[program] = names[program] "\n  failed: " $4
+}
 
 /^lab: passed / { passed[program]++ }
 /^lab: skipped / { skipped[program]++ }
