@@ -30,7 +30,7 @@ using namespace cppvmm;
 namespace {
 
 constexpr std::uint64_t pages = 512;
-constexpr unsigned surveys = 150;
+constexpr unsigned surveys = 80;
 constexpr unsigned rounds =
     100'000; ///< How often each writer fills and empties its pages at most; it is stopped long before.
 

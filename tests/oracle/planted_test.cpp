@@ -102,22 +102,22 @@ void expect_that_it_is_found(const Surveyor& planted, std::uint64_t cases, const
 TEST(OracleOfTheOracle, FindsASurveyThatForgetsSwappedPages) {
   const auto swap = SwapSpace::take();
   if (!swap) GTEST_SKIP() << swap.error();
-  expect_that_it_is_found(forgets_swap, 300, {.swap = true, .files = false});
+  expect_that_it_is_found(forgets_swap, 800, {.swap = true, .files = false});
 }
 
 TEST(OracleOfTheOracle, FindsASurveyThatTrustsItsOwnTablesForASharedMemfd) {
-  expect_that_it_is_found(trusts_own_tables, 200, {.files = false});
+  expect_that_it_is_found(trusts_own_tables, 800, {.files = false});
 }
 
 TEST(OracleOfTheOracle, FindsAnAnswerThatLosesItsOwnPage) {
-  expect_that_it_is_found(loses_its_own_page, 100, {.files = false});
+  expect_that_it_is_found(loses_its_own_page, 400, {.files = false});
 }
 
 // A survey that calls everything touched is sound, and misses without a reason.
 TEST(OracleOfTheOracle, FindsASurveyThatMissesWhatItNeedNot) {
   auto oracle = Oracle::start();
   ASSERT_TRUE(oracle) << oracle.error();
-  const Session session = run_cases(*oracle, plan(50), {.files = false}, {},
+  const Session session = run_cases(*oracle, plan(80), {.files = false}, {},
                                     [](const GuestMemory& memory, const SurveyOptions&, GuestAddress output) {
                                       return answer_with(memory, PageSet(), output);
                                     });

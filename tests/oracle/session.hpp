@@ -21,6 +21,7 @@ struct Plan {
   std::uint64_t seed = 0;
   std::uint64_t cases = 0;
 };
+/// A sanitizer makes forks and page table walks several times as expensive: an eighth of the cases then.
 [[nodiscard]] Plan plan(std::uint64_t cases);
 
 struct Failure {
