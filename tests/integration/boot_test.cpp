@@ -1,4 +1,5 @@
 #include "program.hpp"
+#include "tests/support/huge_pages.hpp"
 
 #include <algorithm>
 #include <csignal>
@@ -10,6 +11,7 @@
 #include <iterator>
 #include <map>
 #include <nlohmann/json.hpp>
+#include <optional>
 #include <regex>
 #include <string>
 #include <tuple>
@@ -175,16 +177,108 @@ TEST_F(Boot, BothTransportsGiveTheGuestTheSame) {
   EXPECT_EQ(by_kernel["calls"], by_user["calls"]);
 }
 
-TEST_F(Boot, HugetlbMemoryIsServedWithoutAFalseReport) {
-  const Ended ended = boot({"--memory", "8M", "--backing", "hugetlb", "--audit", "--json", "-"});
-  if (ended.status == 1 && ended.err.find("nr_hugepages") != std::string::npos) {
-    EXPECT_TRUE(is_one_line(ended.err)) << ended.err;
-    GTEST_SKIP() << "this host has no huge pages to give";
+/// Every kind of memory, as it is and present as a whole, with each way to an exact answer.
+class BootWith : public Boot, public testing::WithParamInterface<std::tuple<const char*, const char*>> {
+protected:
+  void SetUp() override {
+    Boot::SetUp();
+    if (IsSkipped()) return;
+    if (is_huge() && !pool.emplace().is_usable()) GTEST_SKIP() << cppvmm::test::HugePagePool::why_not;
   }
-  ASSERT_EQ(ended.status, 0) << ended.err;
-  const json figures = json::parse(ended.out);
+
+  [[nodiscard]] static std::string backing() { return std::get<0>(GetParam()); }
+  [[nodiscard]] static std::string way() { return std::get<1>(GetParam()); }
+  [[nodiscard]] static bool is_huge() { return backing().starts_with("hugetlb"); }
+  [[nodiscard]] static bool is_file() { return backing().ends_with("file"); }
+
+  /// The figures of a run with `way` but for kinds of memory that have no such thing, where the refusal is one line.
+  [[nodiscard]] static json run(const std::vector<std::string>& more) {
+    std::vector<std::string> arguments{"--memory", "16M", "--backing", backing(), "--audit", "--json", "-"};
+    arguments.insert(arguments.end(), more.begin(), more.end());
+    const Ended ended = boot(arguments);
+    if (ended.status == 0) return json::parse(ended.out);
+    EXPECT_TRUE(is_one_line(ended.err)) << ended.err;
+    return {{"refused", ended.err}};
+  }
+
+  std::optional<cppvmm::test::HugePagePool> pool;
+};
+
+TEST_P(BootWith, TheAnswerIsSoundAndAsCompleteAsItCanBe) {
+  std::vector<std::string> options;
+  if (way() != "nothing") options = {"--populate", "--" + way()};
+  if (way() == "populate") options.pop_back();
+  const json figures = run(options);
+  if (figures.contains("refused")) {
+    const auto why = figures["refused"].get<std::string>();
+    if (way() == "write-watch" && is_file()) {
+      EXPECT_NE(why.find("--write-watch"), std::string::npos) << why;
+      return;
+    }
+    if (way() == "write-watch" && why.find("userfaultfd") != std::string::npos) GTEST_SKIP() << why;
+    if (backing() == "shared-file" && why.find("/proc/self/smaps") != std::string::npos) GTEST_SKIP() << why;
+    if (backing() == "shared-file" && why.find("file system") != std::string::npos) GTEST_SKIP() << why;
+    FAIL() << why;
+  }
   EXPECT_EQ(figures["unsound_pages"], 0);
   EXPECT_EQ(figures["nonzero_pages_at_end"], 0);
+  const std::uint64_t missed = figures["missed_zero_pages"];
+  const std::uint64_t huge = figures["transparent_huge_bytes"].get<std::uint64_t>() / page;
+  const json& region = figures["regions"][0];
+  EXPECT_EQ(region["backing"], std::string(backing() == "shared-anonymous" ? "shared_anonymous"
+                                           : backing() == "hugetlb-memfd"  ? "hugetlb_memfd"
+                                           : backing() == "private-file"   ? "private_file"
+                                           : backing() == "shared-file"    ? "shared_file"
+                                                                           : backing()));
+  if (region["evidence"] == "none" && way() != "content-check")
+    GTEST_SKIP() << "no evidence here for " << backing() << ": " << region["error"];
+  if (way() == "nothing")
+    EXPECT_LE(missed, (is_huge() ? 512 : 32) + huge);
+  else if (way() == "populate" || (way() == "dirty-log" && is_file()))
+    EXPECT_GT(missed, 4000U) << "all of it is present";
+  else if (way() == "write-watch" && is_huge())
+    EXPECT_LE(missed, 512U) << "a write watch tells huge pages alone";
+  else
+    EXPECT_EQ(missed, 0U) << region;
+  EXPECT_EQ(region["write_watch"].is_null(), way() != "write-watch");
+  EXPECT_EQ(region["content_check"].is_null(), way() != "content-check");
+  EXPECT_EQ(region["dirty_log"].is_null(), way() != "dirty-log" || is_file());
+}
+
+INSTANTIATE_TEST_SUITE_P(All, BootWith,
+                         testing::Combine(testing::Values("anonymous", "memfd", "shared-anonymous", "hugetlb",
+                                                          "hugetlb-memfd", "private-file", "shared-file"),
+                                          testing::Values("nothing", "populate", "write-watch", "dirty-log",
+                                                          "content-check")),
+                         [](const auto& info) {
+                           std::string name = std::string(std::get<0>(info.param)) + "_and_" + std::get<1>(info.param);
+                           std::ranges::replace(name, '-', '_');
+                           return name;
+                         });
+
+TEST_F(Boot, KeepsHugePagesOffUntilTheAnswerAndHasThemFromThenOn) {
+  // So much that the guest zeroes enough afterwards for a huge page to come.
+  const json kept_off = boot_json({"--memory", "16M", "--thp", "after-answer", "--leftovers", "2000", "--audit"});
+  ASSERT_FALSE(kept_off.is_null());
+  EXPECT_EQ(kept_off["transparent_huge_bytes"], 0) << "at the answer";
+  EXPECT_EQ(kept_off["unsound_pages"], 0);
+  const json always = boot_json({"--memory", "16M", "--thp", "always", "--audit"});
+  ASSERT_FALSE(always.is_null());
+  if (always["transparent_huge_bytes"] == 0) GTEST_SKIP() << "the kernel gives no huge pages";
+  EXPECT_GT(always["missed_zero_pages"], 256);
+  const json exact = boot_json({"--memory", "16M", "--thp", "always", "--content-check", "--audit"});
+  ASSERT_FALSE(exact.is_null());
+  EXPECT_EQ(exact["missed_zero_pages"], 0);
+  EXPECT_EQ(exact["unsound_pages"], 0);
+}
+
+TEST_F(Boot, TheDirtyLogTellsWhoWrote) {
+  const auto file = std::filesystem::path(testing::TempDir()) / ("who-" + std::to_string(getpid()) + ".svg");
+  const Ended ended = boot({"--memory", "16M", "--dirty-log", "--map", file.string()});
+  std::filesystem::remove(file);
+  ASSERT_EQ(ended.status, 0) << ended.err;
+  EXPECT_NE(ended.out.find("guest"), std::string::npos);
+  EXPECT_NE(ended.out.find("dirty_log"), std::string::npos) << ended.out;
 }
 
 TEST_F(Boot, TheJsonFileHoldsEveryDocumentedField) {

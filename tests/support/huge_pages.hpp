@@ -44,7 +44,7 @@ private:
 };
 
 /// A test that needs the pool.
-class HugePagesTest : public testing::Test {
+class HugePagesTest : public ::testing::Test {
 protected:
   void SetUp() override {
     if (!pool.is_usable()) GTEST_SKIP() << HugePagePool::why_not;
