@@ -373,13 +373,7 @@ public:
     if (!ram) return failure(std::move(ram.error()));
     mappings_ = std::move(ram->mappings);
     memory_ = std::make_unique<GuestMemory>(std::move(ram->map));
-    if (auto loaded = memory_->load(GuestAddress(zeroing::image_address), layout_.block); !loaded)
-      return failure(loaded.error().message());
-    for (const std::uint64_t page : spread_pages(layout_, options_.leftovers)) {
-      // Its last word, so that a look at a page's beginning would miss it.
-      const GuestAddress at(page * page_size + page_size - sizeof page);
-      if (auto written = memory_->write_value(at, page); !written) return failure(written.error().message());
-    }
+    if (auto loaded = load_guest(); !loaded) return loaded;
 
     auto vm = kvm->create_vm();
     if (!vm) return failure("KVM makes no VM: " + vm.error().message());
@@ -437,6 +431,29 @@ public:
   }
 
 private:
+  /// What holds data from the start is marked as this program's: no log is kept yet, and evidence does not tell who
+  /// wrote.
+  Result<void> load_guest() {
+    if (auto loaded = memory_->load(GuestAddress(zeroing::image_address), layout_.block); !loaded)
+      return failure(loaded.error().message());
+    const std::uint64_t first = layout_.lives_in().first;
+    for (std::uint64_t page = 0; page < layout_.lives_in().count; ++page)
+      if (std::ranges::any_of(std::span(layout_.block).subspan(page * page_size, page_size),
+                              [](std::byte byte) { return byte != std::byte{}; }))
+        mark_as_loaded(first + page);
+    for (const std::uint64_t page : spread_pages(layout_, options_.leftovers)) {
+      // Its last word, so that a look at a page's beginning would miss it.
+      const GuestAddress at(page * page_size + page_size - sizeof page);
+      if (auto written = memory_->write_value(at, page); !written) return failure(written.error().message());
+      mark_as_loaded(page);
+    }
+    return {};
+  }
+
+  void mark_as_loaded(std::uint64_t page) {
+    if (const auto pages = PageRange::make(PageNumber(page), 1)) memory_->mark_touched(*pages, Toucher::host);
+  }
+
   /// From here on this program writes guest memory through the accessors alone.
   Result<void> know_writes(std::vector<MemorySlot> slots) {
     if (options_.write_watch)
