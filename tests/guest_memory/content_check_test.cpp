@@ -610,23 +610,25 @@ TEST(ContentCheck, NeverReportsAPageThatHoldsDataWhileOthersWrite) {
 }
 
 TEST(ContentCheck, IsNotMisledByDataThatGoesToAndFroWhereWritesAreWatched) {
-  constexpr std::uint64_t count = 64;
+  constexpr std::uint64_t count = 4;
   const Region region = small_pages(count * page_size);
   const GuestMemory memory(*MemoryMap::make({region}));
   for (std::uint64_t page = 0; page < count; ++page)
     store(region, page, 0);
   std::jthread writer([&](const std::stop_token& stop) {
-    for (std::uint64_t pace = 0; !stop.stop_requested(); pace = (pace + 1) % 64)
+    for (std::uint64_t pace = 0; !stop.stop_requested(); pace = (pace + 1) % 4096)
       for (std::uint64_t page = 0; page < count; ++page) {
         store(region, page, page_size - 1);
         store(region, page, 0, 0);
-        for (std::uint64_t wait = 0; wait < pace; ++wait)
+        for (std::uint64_t wait = 0; wait < pace / 8; ++wait)
           std::atomic_signal_fence(std::memory_order_seq_cst);
         store(region, page, 0);
         store(region, page, page_size - 1, 0);
+        for (std::uint64_t wait = 0; wait < pace / 8; ++wait)
+          std::atomic_signal_fence(std::memory_order_seq_cst);
       }
   });
-  for (int round = 0; round < 300; ++round) {
+  for (int round = 0; round < 4000; ++round) {
     const Survey survey = memory.survey(with());
     ASSERT_TRUE(survey.regions[0].content);
     if (!survey.regions[0].content->is_watched) GTEST_SKIP() << "this kernel has no asynchronous write protection";
