@@ -52,14 +52,33 @@ RegionEvidence hugetlb_evidence(const void* host, std::uint64_t bytes, EvidenceS
   return resident_evidence(host, bytes);
 }
 
+/// At least so many pages are in both.
+static std::uint64_t common_pages(const ExtentList& left, const ExtentList& right) {
+  std::uint64_t pages = 0;
+  for (auto l = left.extents().begin(), r = right.extents().begin();
+       l != left.extents().end() && r != right.extents().end();) {
+    const std::uint64_t first = std::max(l->first, r->first);
+    const std::uint64_t end = std::min(l->end(), r->end());
+    if (first < end) pages += end - first;
+    if (l->end() < r->end())
+      ++l;
+    else
+      ++r;
+  }
+  // Gaps that were given up are in the extents, and are no pages.
+  return pages - std::min(pages, left.given_up_pages() + right.given_up_pages());
+}
+
 RegionEvidence hugetlb_file_evidence(const FileMapping& mapping, EvidenceSource source) {
   RegionEvidence result = hugetlb_evidence(mapping.host, mapping.bytes, source);
   if (result.kind == Evidence::none) return result;
   struct stat status{};
   if (fstat(mapping.fd, &status) != 0) return failed("fstat of a hugetlb file", mapping.host, mapping.bytes, errno);
-  std::uint64_t mapped = 0;
-  for (const ExtentList& list : result.touched)
-    mapped += list.page_count();
+  // A page that was discarded before the blocks were counted would stand for one that another process wrote: only what
+  // is mapped before and after was so in between.
+  const RegionEvidence after = hugetlb_evidence(mapping.host, mapping.bytes, source);
+  if (after.kind == Evidence::none) return after;
+  const std::uint64_t mapped = common_pages(result.touched.front(), after.touched.front());
   const auto allocated = static_cast<std::uint64_t>(status.st_blocks) * 512 / page_size;
   // What is allocated and not mapped here was written by another process, or lies in another part of the file: where,
   // nobody tells.

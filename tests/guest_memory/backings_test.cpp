@@ -1,3 +1,4 @@
+#include <barrier>
 #include <cerrno>
 #include <cstddef>
 #include <cstdint>
@@ -14,6 +15,7 @@
 #include <sys/syscall.h>
 #include <sys/vfs.h>
 #include <sys/wait.h>
+#include <thread>
 #include <unistd.h>
 #include <vector>
 
@@ -84,6 +86,41 @@ TEST_F(HugetlbPages, OfAFileCountOnlyIfAllAreMappedHere) {
   // Once the page is mapped here too, all is known again.
   EXPECT_EQ(*memory.read_value<std::uint8_t>(GuestAddress(5 * huge)), 1U);
   EXPECT_EQ(memory.survey().zeroed.page_count(), 6 * 512U);
+}
+
+TEST_F(HugetlbPages, OfAFileAreNotTakenForOneThatIsDiscardedMeanwhile) {
+  const Region region = *Region::hugetlb_memfd(GuestAddress(0), 8 * huge, HugePageSize::two_mib);
+  const GuestMemory memory(*MemoryMap::make({region}));
+  const pid_t child = fork();
+  if (child == 0) {
+    void* view = mmap(nullptr, 8 * huge, PROT_READ | PROT_WRITE, MAP_SHARED, region.file_descriptor(), 0);
+    if (view == MAP_FAILED) _exit(1);
+    static_cast<volatile char*>(view)[5 * huge] = 1;
+    _exit(0);
+  }
+  int status = 0;
+  ASSERT_EQ(waitpid(child, &status, 0), child);
+  ASSERT_TRUE(WIFEXITED(status) && WEXITSTATUS(status) == 0);
+  // One huge page is mapped here, and another one is allocated: as many, once the first is discarded.
+  static constexpr int rounds = 3000;
+  std::barrier each_round(2);
+  std::jthread balloon([&region, &each_round] {
+    for (int round = 0; round < rounds; ++round) {
+      each_round.arrive_and_wait();
+      for (volatile int wait = round % 300 * 300; wait > 0;)
+        wait = wait - 1;
+      EXPECT_TRUE(region.discard(pages(0, 512)));
+      each_round.arrive_and_wait();
+    }
+  });
+  int unsound = 0;
+  for (int round = 0; round < rounds; ++round) {
+    store(region, 0);
+    each_round.arrive_and_wait();
+    if (memory.survey().zeroed.contains(PageNumber(5 * 512))) ++unsound;
+    each_round.arrive_and_wait();
+  }
+  EXPECT_EQ(unsound, 0);
 }
 
 TEST_F(HugetlbPages, AreAdoptedAsWhatTheyAre) {
