@@ -77,7 +77,13 @@ MemoryResult<std::unique_ptr<WriteWatch>> WriteWatch::arm(const Region& region, 
   return watch;
 }
 
-WriteWatch::~WriteWatch() { close(descriptor_); }
+WriteWatch::~WriteWatch() {
+  // Closing alone ends nothing while a forked child has the descriptor too, and leaves pages protected before Linux
+  // 6.10. Where it fails, closing is what is left.
+  uffdio_range range{.start = reinterpret_cast<std::uintptr_t>(region_.host_address()), .len = region_.bytes()};
+  static_cast<void>(ioctl(descriptor_, UFFDIO_UNREGISTER, &range));
+  close(descriptor_);
+}
 
 MemoryResult<std::vector<ExtentList>> WriteWatch::may_hold_data() const {
   auto written = written_pages(region_.host_address(), region_.bytes());

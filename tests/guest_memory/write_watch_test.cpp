@@ -1,4 +1,5 @@
 #include <cerrno>
+#include <csignal>
 #include <cstddef>
 #include <cstdint>
 #include <expected>
@@ -189,6 +190,20 @@ TEST_P(WriteWatchOf, CountsForNothingInAForkedChild) {
   int status = 0;
   ASSERT_EQ(waitpid(child, &status, 0), child);
   EXPECT_TRUE(WIFEXITED(status) && WEXITSTATUS(status) == 0);
+}
+
+TEST_P(WriteWatchOf, EndsThoughAForkedChildHasItsDescriptor) {
+  if (!arm()) GTEST_SKIP() << no_watch;
+  const pid_t child = fork();
+  if (child == 0) {
+    pause();
+    _exit(0);
+  }
+  EXPECT_TRUE(memory.disarm_write_watch(start));
+  EXPECT_TRUE(arm());
+  expect_touched({0x110, 0x4FF});
+  ASSERT_EQ(kill(child, SIGKILL), 0);
+  ASSERT_EQ(waitpid(child, nullptr, 0), child);
 }
 
 TEST_P(WriteWatchOf, IsExactForRandomWriters) {
