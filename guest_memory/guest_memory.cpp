@@ -208,9 +208,15 @@ MemoryResult<void> GuestMemory::begin_write_log(WriteLog log, const WriteLogOpti
 bool GuestMemory::end_write_log() {
   std::shared_ptr<KeptLog> ended;
   const std::lock_guard changing(state_->changing_writes);
-  const std::lock_guard lock(state_->writes_mutex);
-  ended = std::exchange(state_->writes.log, nullptr);
-  return ended != nullptr;
+  {
+    const std::lock_guard lock(state_->writes_mutex);
+    ended = std::exchange(state_->writes.log, nullptr);
+  }
+  if (!ended) return false;
+  // Surveys in progress have it still.
+  const std::lock_guard records(ended->mutex);
+  ended->records.clear();
+  return true;
 }
 
 void GuestMemory::mark_touched(PageRange pages, Touchers by) {

@@ -80,7 +80,9 @@ public:
   /// until end_write_log; a region is forgotten with its removal, and regions that come later are not in it.
   /// invalid_argument when a log is kept already; os.
   [[nodiscard]] MemoryResult<void> begin_write_log(WriteLog log, const WriteLogOptions& options = {});
-  /// Whether there was one. Writes before it are forgotten: nothing is known of them any more.
+  /// Whether there was one. Writes before it are forgotten: nothing is known of them any more. Waits for a call of
+  /// WriteLog::collect that is in progress, so not to be called from there; none comes after it, surveys in progress
+  /// included.
   bool end_write_log();
 
   /// MemoryMap::discard of the current map, and takes the marks of those pages back, as their content is gone. For a

@@ -358,6 +358,24 @@ TEST_P(WriteLogOf, KnowsNothingOfRegionsThatCameLater) {
 
 INSTANTIATE_TEST_SUITE_P(All, WriteLogOf, kinds, name_of);
 
+TEST(WriteLogs, AreNotAskedAnyMoreOnceTheyEnded) {
+  // A survey in progress has looked at the first region when the log ends.
+  const Region first = *Region::anonymous(GuestAddress(0), std::uint64_t{16} << 20);
+  const Region second = *Region::anonymous(GuestAddress(std::uint64_t{1} << 30), page_size);
+  ASSERT_TRUE(first.populate() && second.populate());
+  GuestMemory memory(*MemoryMap::make({first, second}));
+  bool has_ended = false;
+  ASSERT_TRUE(memory.begin_write_log({.collect = [&](PageRange, std::span<std::uint64_t>) -> MemoryResult<void> {
+    EXPECT_FALSE(has_ended);
+    return {};
+  }}));
+  SurveyOptions options;
+  options.content_check =
+      ContentCheckOptions{.executor = [&](const auto&) { has_ended |= memory.end_write_log(); }, .parallel_tasks = 1};
+  static_cast<void>(memory.survey(options));
+  EXPECT_TRUE(has_ended);
+}
+
 TEST(WriteLogs, OfOddSizesEndWithTheRegion) {
   // The last word of the bitmap has bits beyond the region's end.
   const Region region = *Region::anonymous(start, 70 * page_size);
