@@ -157,6 +157,9 @@ MemoryResult<void> GuestMemory::arm_write_watch(GuestAddress start, const WriteW
   for (const auto& watch : state_->known_writes().watches)
     if (watch->region() == *region) return refuse(MemoryErrc::invalid_argument, "a write watch is armed already");
 
+  // Surveys that look at content watch the memory for as long.
+  const auto content_checks = state_->known_writes().content_checks;
+  const std::lock_guard checking(*content_checks);
   const RegionEvidence evidence = region_evidence(*region, EvidenceSource::automatic);
   if (evidence.is_foreign) return std::unexpected(*evidence.error);
   auto watch = WriteWatch::arm(*region, touched_list(*region, evidence).extents());

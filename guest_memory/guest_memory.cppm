@@ -62,7 +62,7 @@ public:
   /// in huge pages): from now on a survey counts only those of its pages as touched that were written since, or held
   /// data then. By userfaultfd's asynchronous write protection, through PAGEMAP_SCAN: Linux 6.7 and later. Costs a
   /// fault at the first write to each page (in a huge page: of the host's page tables, to 4 KiB). Lasts until disarmed,
-  /// or until the map no longer has the region.
+  /// or until the map no longer has the region. Waits for a survey that looks at the content of a region.
   ///
   /// Errors: not_backed and read_only; invalid_argument for shared memory without the promise in `options`, for memory
   /// that is watched already or registered with another userfaultfd; unavailable for files, memory of unknown nature,

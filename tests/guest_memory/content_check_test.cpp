@@ -566,6 +566,28 @@ TEST_F(ContentCheckOn, AnExecutorThatRunsTasksWhenTheMemoryIsGone) {
     task();
 }
 
+TEST_F(ContentCheckOn, MemoryThatSomeoneBeginsToWatchMeanwhile) {
+  const auto armed = memory.arm_write_watch(region->start());
+  if (!armed) GTEST_SKIP() << armed.error().message();
+  memory.disarm_write_watch(region->start());
+  for (int round = 0; round < 20; ++round) {
+    std::jthread other;
+    expect_all_found(
+        [&](const auto&) {
+          std::latch begun(1);
+          other = std::jthread([&] {
+            begun.count_down();
+            const auto watch = memory.arm_write_watch(region->start());
+            EXPECT_TRUE(watch) << watch.error().message();
+          });
+          begun.wait();
+        },
+        1);
+    other.join();
+    EXPECT_TRUE(memory.disarm_write_watch(region->start()));
+  }
+}
+
 // --- Writers at the same time ---
 
 TEST(ContentCheck, NeverReportsAPageThatHoldsDataWhileOthersWrite) {
