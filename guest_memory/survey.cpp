@@ -204,22 +204,30 @@ static bool is_private(Backing backing) {
   return backing == Backing::anonymous || backing == Backing::hugetlb || backing == Backing::private_file;
 }
 
-/// Takes from `touched`, which are pages of the region, those whose content reads zero.
-static void check_content(PageSet& touched, const Region& region, const ContentCheckOptions& options,
-                          ContentBudget& budget, std::mutex& one_at_a_time, RegionSurvey& report) {
+static std::vector<Extent> extents_of(const PageSet& pages, PageRange region) {
+  std::vector<Extent> extents;
+  for (const PageRange& range : pages.ranges())
+    extents.push_back({range.first().value() - region.first().value(), range.count()});
+  return extents;
+}
+
+/// Takes from `touched`, which are pages of the region, those whose content reads zero. Of hugetlb memory,
+/// `whole` are the huge pages that these are of: parts of one cannot be watched.
+static void check_content(PageSet& touched, const PageSet& whole, const Region& region,
+                          const ContentCheckOptions& options, ContentBudget& budget, std::mutex& one_at_a_time,
+                          RegionSurvey& report) {
   const auto begin = Clock::now();
   const FileMapping memory = file_mapping(region);
-  const std::uint64_t start = region.pages().first().value();
-  std::vector<Extent> extents;
-  for (const PageRange& range : touched.ranges())
-    extents.push_back({range.first().value() - start, range.count()});
+  const std::vector<Extent> extents = extents_of(touched, region.pages());
   // Words are read one after the other: of a page that is written meanwhile, each may have been zero when it was read,
   // and the page never.
   std::unique_lock lock(one_at_a_time, std::defer_lock);
   std::unique_ptr<WriteWatch> watch;
   if (is_private(region.backing())) {
     lock.lock();
-    if (auto armed = WriteWatch::arm(region, extents)) watch = std::move(*armed);
+    const bool is_huge = region.backing() == Backing::hugetlb;
+    if (auto armed = WriteWatch::arm(region, is_huge ? extents_of(whole, region.pages()) : extents))
+      watch = std::move(*armed);
   }
   ContentScan scan =
       scan_content(memory, region.backing(), extents, options, budget, watch ? looks_at_watched : looks_at_unwatched);
@@ -264,6 +272,8 @@ static void survey_region(const Region& region, const SurveyOptions& options, co
     survey.touched.add(touched);
     return;
   }
+  PageSet whole;
+  if (budget && region.backing() == Backing::hugetlb) whole = touched;
   for (const auto& watch : writes.watches)
     if (watch->region() == region) report.watch = narrow(touched, *watch);
   LoggedWrites logged;
@@ -275,7 +285,7 @@ static void survey_region(const Region& region, const SurveyOptions& options, co
       if (narrowed.error || (writes.log->is_complete && is_watchable(region.backing()))) report.log = narrowed;
     }
   }
-  if (budget) check_content(touched, region, *options.content_check, *budget, *writes.content_checks, report);
+  if (budget) check_content(touched, whole, region, *options.content_check, *budget, *writes.content_checks, report);
   if (writes.log) {
     // A page that was discarded since is in the log, and not touched.
     logged.logged.intersect(touched);

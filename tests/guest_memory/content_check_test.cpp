@@ -12,6 +12,7 @@
 #include <mutex>
 #include <optional>
 #include <random>
+#include <span>
 #include <stdexcept>
 #include <string>
 #include <sys/mman.h>
@@ -216,6 +217,21 @@ TEST(ContentCheck, FindsZerosInSharedAnonymousMemory) {
 
 TEST_F(HugetlbContent, HaveTheirZerosFoundByContent) {
   find_zeros_among_data(*Region::hugetlb(GuestAddress(0), 8 * huge, HugePageSize::two_mib));
+}
+
+TEST_F(HugetlbContent, IsWatchedThoughOnlyPartsOfHugePagesAreLookedAt) {
+  const Region region = *Region::hugetlb(GuestAddress(0), 2 * huge, HugePageSize::two_mib);
+  ASSERT_TRUE(region.populate());
+  GuestMemory memory(*MemoryMap::make({region}));
+  if (!memory.survey(with()).regions[0].content->is_watched) GTEST_SKIP() << "no write watch (Linux 6.7)";
+  ASSERT_TRUE(memory.begin_write_log({.collect = [](PageRange, std::span<std::uint64_t> bitmap) -> MemoryResult<void> {
+                                       bitmap[0] |= 2;
+                                       return {};
+                                     }},
+                                     {.complete = true}));
+  const Survey survey = memory.survey(with());
+  EXPECT_EQ(survey.regions[0].content->checked_pages, 1U);
+  EXPECT_TRUE(survey.regions[0].content->is_watched);
 }
 
 TEST_F(HugetlbContent, OfAFileHaveTheirZerosFoundWhoeverWroteThem) {
