@@ -5,6 +5,8 @@ module;
 #include <mutex>
 #include <optional>
 #include <span>
+#include <sys/types.h>
+#include <unistd.h>
 #include <utility>
 #include <vector>
 module cppvmm.guest_memory:write_record;
@@ -34,10 +36,11 @@ public:
   [[nodiscard]] MemoryResult<std::vector<ExtentList>> may_hold_data() const;
 
 private:
-  WriteWatch(Region region, int descriptor) : region_(std::move(region)), descriptor_(descriptor) {}
+  WriteWatch(Region region, int descriptor) : region_(std::move(region)), descriptor_(descriptor), process_(getpid()) {}
 
   Region region_;
   int descriptor_;
+  pid_t process_; // whose memory it is
   ExtentList baseline_;
 };
 

@@ -79,9 +79,11 @@ MemoryResult<std::unique_ptr<WriteWatch>> WriteWatch::arm(const Region& region, 
 
 WriteWatch::~WriteWatch() {
   // Closing alone ends nothing while a forked child has the descriptor too, and leaves pages protected before Linux
-  // 6.10. Where it fails, closing is what is left.
-  uffdio_range range{.start = reinterpret_cast<std::uintptr_t>(region_.host_address()), .len = region_.bytes()};
-  static_cast<void>(ioctl(descriptor_, UFFDIO_UNREGISTER, &range));
+  // 6.10. Where it fails, closing is what is left. In a child, the descriptor is of the parent's memory.
+  if (getpid() == process_) {
+    uffdio_range range{.start = reinterpret_cast<std::uintptr_t>(region_.host_address()), .len = region_.bytes()};
+    static_cast<void>(ioctl(descriptor_, UFFDIO_UNREGISTER, &range));
+  }
   close(descriptor_);
 }
 

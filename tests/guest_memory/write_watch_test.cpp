@@ -192,6 +192,16 @@ TEST_P(WriteWatchOf, CountsForNothingInAForkedChild) {
   EXPECT_TRUE(WIFEXITED(status) && WEXITSTATUS(status) == 0);
 }
 
+TEST_P(WriteWatchOf, DoesNotEndWhenAForkedChildEndsIts) {
+  if (!arm()) GTEST_SKIP() << no_watch;
+  const pid_t child = fork();
+  if (child == 0) _exit(memory.disarm_write_watch(start) ? 0 : 1);
+  int status = 0;
+  ASSERT_EQ(waitpid(child, &status, 0), child);
+  EXPECT_TRUE(WIFEXITED(status) && WEXITSTATUS(status) == 0);
+  expect_touched({0x110, 0x4FF});
+}
+
 TEST_P(WriteWatchOf, EndsThoughAForkedChildHasItsDescriptor) {
   if (!arm()) GTEST_SKIP() << no_watch;
   const pid_t child = fork();
