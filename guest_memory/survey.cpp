@@ -223,7 +223,7 @@ static void check_content(PageSet& touched, const PageSet& whole, const Region& 
   // and the page never.
   std::unique_lock lock(one_at_a_time, std::defer_lock);
   std::unique_ptr<WriteWatch> watch;
-  if (is_private(region.backing())) {
+  if (is_private(region.backing()) && !budget.is_spent()) {
     lock.lock();
     const bool is_huge = region.backing() == Backing::hugetlb;
     if (auto armed = WriteWatch::arm(region, is_huge ? extents_of(whole, region.pages()) : extents))
