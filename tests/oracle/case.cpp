@@ -3,7 +3,9 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstdio>
+#include <optional>
 #include <string>
+#include <string_view>
 
 namespace cppvmm::oracle {
 
@@ -35,9 +37,12 @@ const char* to_string(Writer writer) {
                                                "another process's pwrite",
                                                "forked child",
                                                "discard",
+                                               "GuestMemory::discard",
+                                               "GuestMemory::reset",
                                                "drop of page table entries",
                                                "fallocate",
                                                "populate",
+                                               "set_huge_pages",
                                                "remap",
                                                "replacement of the map",
                                                "page-out",
@@ -52,7 +57,17 @@ const char* to_string(Writer writer) {
   return names[static_cast<unsigned>(writer) % writer_kinds];
 }
 
-const char* to_string(SurveyMode mode) { return mode == SurveyMode::legacy ? "legacy" : "newest"; }
+const char* to_string(SurveyMode mode) {
+  constexpr const char* names[survey_modes] = {"newest", "legacy", "content check", "write watch", "dirty log"};
+  return names[static_cast<unsigned>(mode) % survey_modes];
+}
+
+std::optional<SurveyMode> mode_of(std::string_view name) {
+  constexpr std::string_view names[survey_modes] = {"newest", "legacy", "content-check", "write-watch", "dirty-log"};
+  for (unsigned mode = 0; mode < survey_modes; ++mode)
+    if (names[mode] == name) return static_cast<SurveyMode>(mode);
+  return std::nullopt;
+}
 
 std::string describe(const Case& what) {
   constexpr const char* thp[] = {"no huge pages", "huge pages wanted", "huge pages unstated"};
@@ -74,9 +89,10 @@ std::string describe(const Case& what) {
                   unsigned{step.variant});
     text += line;
   }
-  std::snprintf(line, sizeof line, "  answer: %s survey, output at region %u page %u + %d, %u pages left out from %u\n",
-                to_string(what.mode), unsigned{what.output_region}, what.output_page, what.output_at_8 ? 8 : 0,
-                what.leave_out_count, what.leave_out_page);
+  std::snprintf(line, sizeof line,
+                "  answer: %s (options %u), output at region %u page %u + %d, %u pages left out from %u\n",
+                to_string(what.mode), unsigned{what.mode_options}, unsigned{what.output_region}, what.output_page,
+                what.output_at_8 ? 8 : 0, what.leave_out_count, what.leave_out_page);
   return text + line;
 }
 

@@ -3,7 +3,9 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <string>
+#include <string_view>
 #include <vector>
 
 namespace cppvmm::oracle {
@@ -69,9 +71,12 @@ enum class Writer : std::uint8_t {
   other_pwrite,      ///< Another process's write(2) to the file.
   fork_child,        ///< A store by a child of this process; whose private memory is then its own.
   discard,           ///< MADV_DONTNEED, MADV_REMOVE or a hole, by kind.
+  library_discard,   ///< GuestMemory::discard of a range, or of every second page.
+  reset,             ///< GuestMemory::reset, which keeps a range of each region, or nothing.
   drop_entries,      ///< Page table entries go, the memory stays (MADV_DONTNEED of a shared mapping).
   allocate,          ///< fallocate(2): memory without a write.
-  populate,          ///< MADV_POPULATE_WRITE or MADV_POPULATE_READ.
+  populate,          ///< MADV_POPULATE_WRITE, MADV_POPULATE_READ, or Region::populate.
+  set_huge_pages,    ///< Region::set_huge_pages.
   remap,             ///< The region goes, another comes in its place.
   replace,           ///< The same regions in another map.
   page_out,          ///< MADV_PAGEOUT: to swap, or back to the file.
@@ -84,7 +89,7 @@ enum class Writer : std::uint8_t {
   vcpu_read,
   vcpu_page_walk, ///< The guest's page tables lie in the region.
 };
-inline constexpr unsigned writer_kinds = 26;
+inline constexpr unsigned writer_kinds = 29;
 [[nodiscard]] const char* to_string(Writer writer);
 
 struct Step {
@@ -96,15 +101,27 @@ struct Step {
   std::uint8_t variant = 0;
 };
 
-/// How the answer is asked for. Options of the survey that change what may be missed get a mode each.
-enum class SurveyMode : std::uint8_t { newest, legacy };
-inline constexpr unsigned survey_modes = 2;
+/// How the answer is asked for, and what the embedder does beforehand: each mode has other reasons to miss pages.
+enum class SurveyMode : std::uint8_t {
+  newest,
+  legacy,
+  content_check, ///< SurveyOptions::content_check.
+  write_watch,   ///< GuestMemory::arm_write_watch of each region that can be watched; writers keep the promise.
+  dirty_log,     ///< KVM's log, with a VM: complete, when writers keep that promise, or not.
+};
+inline constexpr unsigned survey_modes = 5;
 [[nodiscard]] const char* to_string(SurveyMode mode);
+/// Of a name like "content-check".
+[[nodiscard]] std::optional<SurveyMode> mode_of(std::string_view name);
 
 struct Case {
   std::vector<RegionSpec> regions;
   std::vector<Step> steps;
   SurveyMode mode{};
+  /// Bits that each mode reads its own way. content_check: 0 and 1 the ZeroScan, 2 whether there is an executor, 3
+  /// whether it drops every second task. write_watch and dirty_log: 0 whether the baseline is a promise (where nothing
+  /// was done before), 1 whether they begin after half of the steps; dirty_log: 2 whether it is incomplete.
+  std::uint8_t mode_options = 0;
   std::uint8_t output_region = 0;
   std::uint32_t output_page = 0;
   bool output_at_8 = false;          ///< The output starts 8 bytes into its page.

@@ -74,9 +74,12 @@ rc::Gen<Writer> writers(const Profile& profile) {
                                            {6, Writer::other_pwrite},
                                            {1, Writer::fork_child},
                                            {10, Writer::discard},
+                                           {5, Writer::library_discard},
+                                           {1, Writer::reset},
                                            {5, Writer::drop_entries},
                                            {2, Writer::allocate},
                                            {2, Writer::populate},
+                                           {1, Writer::set_huge_pages},
                                            {2, Writer::remap},
                                            {2, Writer::replace},
                                            {swap, Writer::page_out},
@@ -107,22 +110,34 @@ rc::Gen<T> whole(rc::Gen<T> gen) {
   return rc::gen::resize(rc::kNominalSize, std::move(gen));
 }
 
+rc::Gen<SurveyMode> modes(const Profile& profile) {
+  const std::size_t vcpu = profile.vcpus ? 3 : 0;
+  return rc::gen::weightedElement<SurveyMode>({{2, SurveyMode::newest},
+                                               {1, SurveyMode::legacy},
+                                               {3, SurveyMode::content_check},
+                                               {3, SurveyMode::write_watch},
+                                               {vcpu, SurveyMode::dirty_log}});
+}
+
 rc::Gen<Case> cases(const Profile& profile) {
   return rc::gen::map(
       rc::gen::tuple(
           rc::gen::resize(7, rc::gen::nonEmpty(rc::gen::container<std::vector<RegionSpec>>(whole(regions(profile))))),
-          rc::gen::container<std::vector<Step>>(whole(steps(profile))), whole(rc::gen::inRange(0, 3)),
-          whole(rc::gen::inRange<std::uint8_t>(0, 6)), whole(rc::gen::inRange<std::uint32_t>(0, 1 << 14)),
-          whole(rc::gen::inRange(0, 2)), whole(rc::gen::inRange<std::uint32_t>(0, 1 << 14)),
-          whole(rc::gen::inRange<std::uint32_t>(0, 40))),
-      [](std::tuple<std::vector<RegionSpec>, std::vector<Step>, int, std::uint8_t, std::uint32_t, int, std::uint32_t,
-                    std::uint32_t>
-             drawn) {
-        auto& [regions, steps, mode, output_region, output_page, at_8, leave_out_page, leave_out] = drawn;
+          rc::gen::container<std::vector<Step>>(whole(steps(profile))), whole(modes(profile)),
+          whole(rc::gen::inRange<std::uint8_t>(0, 16)), whole(rc::gen::inRange<std::uint8_t>(0, 6)),
+          whole(rc::gen::inRange<std::uint32_t>(0, 1 << 14)), whole(rc::gen::inRange(0, 2)),
+          whole(rc::gen::inRange<std::uint32_t>(0, 1 << 14)), whole(rc::gen::inRange<std::uint32_t>(0, 40))),
+      [profile](std::tuple<std::vector<RegionSpec>, std::vector<Step>, SurveyMode, std::uint8_t, std::uint8_t,
+                           std::uint32_t, int, std::uint32_t, std::uint32_t>
+                    drawn) {
+        auto& [regions, steps, mode, options, output_region, output_page, at_8, leave_out_page, leave_out] = drawn;
         if (regions.size() > 6) regions.resize(6);
+        mode = profile.mode.value_or(mode);
+        options = profile.mode_options.value_or(options);
         return Case{.regions = std::move(regions),
                     .steps = std::move(steps),
-                    .mode = mode == 2 ? SurveyMode::legacy : SurveyMode::newest,
+                    .mode = mode,
+                    .mode_options = options,
                     .output_region = output_region,
                     .output_page = output_page,
                     .output_at_8 = at_8 == 1,

@@ -7,6 +7,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <optional>
 
 namespace cppvmm::oracle {
 
@@ -17,6 +18,9 @@ struct Profile {
   bool swap = false;
   bool files = true;  ///< Regions of temporary files, on a disk where that is what the folder is on.
   bool large = false; ///< Regions of up to 64 MiB, not 8 MiB.
+  /// In place of what is drawn; nothing else of the case changes. dirty_log is drawn only with vcpus.
+  std::optional<SurveyMode> mode = std::nullopt;
+  std::optional<std::uint8_t> mode_options = std::nullopt;
 };
 
 [[nodiscard]] Case draw(std::uint64_t seed, const Profile& profile);

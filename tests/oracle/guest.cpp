@@ -13,7 +13,12 @@
 #include <sys/mman.h>
 #include <utility>
 #include <variant>
+#include <vector>
 
+#include "guest_log.hpp"
+
+import cppvmm.guest_memory;
+import cppvmm.hv_ext;
 import cppvmm.vcpu;
 
 namespace cppvmm::oracle {
@@ -55,7 +60,7 @@ struct Guest::Machine {
   std::unique_ptr<std::byte, Unmap> control; // outlives the VM, which has it in a slot
   Vm vm;
   Vcpu vcpu;
-  std::uint32_t slots = 0; ///< Of the guest's memory: 1 to this.
+  std::vector<MemorySlot> slots; ///< Of the guest's memory, numbered from 1 on.
 };
 
 Guest::Guest(std::unique_ptr<Machine> machine) : machine_(std::move(machine)) {}
@@ -98,19 +103,26 @@ std::expected<Guest, std::string> Guest::start() {
 }
 
 std::expected<void, std::string> Guest::set_memory(std::span<const GuestSlot> slots) {
-  for (; machine_->slots > 0; --machine_->slots)
-    if (const auto gone = machine_->vm.remove_memory_slot(machine_->slots); !gone) return failure(gone.error());
+  for (; !machine_->slots.empty(); machine_->slots.pop_back())
+    if (const auto gone = machine_->vm.remove_memory_slot(machine_->slots.back().slot); !gone)
+      return failure(gone.error());
   for (const GuestSlot& slot : slots) {
-    if (const auto set = machine_->vm.set_memory_slot({.slot = machine_->slots + 1,
-                                                       .guest_address = slot.first_page * 4096,
-                                                       .bytes = slot.pages * 4096,
-                                                       .host_address = slot.host,
-                                                       .read_only = slot.read_only});
-        !set)
-      return failure(set.error());
-    ++machine_->slots;
+    const MemorySlot made{.slot = static_cast<std::uint32_t>(machine_->slots.size() + 1),
+                          .guest_address = slot.first_page * 4096,
+                          .bytes = slot.pages * 4096,
+                          .host_address = slot.host,
+                          .read_only = slot.read_only};
+    if (const auto set = machine_->vm.set_memory_slot(made); !set) return failure(set.error());
+    machine_->slots.push_back(made);
   }
   return {};
+}
+
+std::expected<DirtyLog, std::string> start_dirty_log(Guest& guest, GuestMemory& memory,
+                                                     const WriteLogOptions& options) {
+  auto log = DirtyLog::start(guest.machine().vm, memory, guest.machine().slots, options);
+  if (!log) return std::unexpected(log.error().message());
+  return std::move(*log);
 }
 
 std::expected<void, std::string> Guest::run(std::uint64_t tables, std::uint64_t code, std::uint64_t address,

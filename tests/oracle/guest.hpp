@@ -43,8 +43,11 @@ public:
   static constexpr std::size_t table_pages = 3;
   static void write_tables(std::uint64_t tables, std::span<std::byte, table_pages * 4096> into);
 
-private:
+  /// For guest_log.hpp.
   struct Machine;
+  [[nodiscard]] Machine& machine() { return *machine_; }
+
+private:
   explicit Guest(std::unique_ptr<Machine> machine);
   [[nodiscard]] std::expected<void, std::string> run(std::uint64_t tables, std::uint64_t code, std::uint64_t address,
                                                      std::uint32_t count, std::uint8_t value,

@@ -43,7 +43,11 @@ const char* to_string(Reason reason) {
       "the embedder marked the page as touched",
       "the embedder left the page out",
       "the page holds the answer",
-      "the page is in a range that is smaller than the 255 largest"};
+      "the page is in a range that is smaller than the 255 largest",
+      "the page is swapped out, or is of a disk's file and not mapped, so that its content was not looked at",
+      "huge pages of the pool were discarded while they were watched: what protected them stays in the page tables, "
+      "and "
+      "looks like a page"};
   return words[static_cast<unsigned>(reason) % reason_kinds];
 }
 
@@ -59,6 +63,8 @@ std::expected<std::unique_ptr<LiveRegion>, std::string> LiveRegion::make(const R
   live->contents_.assign(live->spec_.pages, Content::zero);
   live->reasons_.assign(live->spec_.pages, Reason::none);
   live->file_contents_.assign(live->spec_.pages, Content::zero);
+  live->proven_.assign(live->spec_.pages, false);
+  live->writers_.assign(live->spec_.pages, 0);
 
   // Some of a file or a larger mapping lies outside the region.
   const std::uint64_t slice = (spec.file_seed % 5) * page_size;
@@ -214,6 +220,10 @@ bool LiveRegion::is_coarse() const {
   // The page cache of a disk's file has folios of all sizes, and a store makes one dirty as a whole.
   case Memory::shared_file:
     return true;
+  // What the library maps in place of a file's pages knows of its own advice only.
+  case Memory::private_file:
+  case Memory::adopted_private_file:
+    return facts.replaced && (facts.library_huge || kernel.thp_always);
   default:
     return false;
   }
@@ -228,7 +238,7 @@ std::uint32_t LiveRegion::window() const {
 
 std::uint32_t LiveRegion::window_base() const {
   // What a disk's file has in memory is aligned in the file.
-  const bool is_of_file = spec_.memory == Memory::shared_file || is_private_file(spec_.memory);
+  const bool is_of_file = spec_.memory == Memory::shared_file || (is_private_file(spec_.memory) && !is_coarse());
   const std::uint64_t start = is_of_file ? file_offset_ : reinterpret_cast<std::uintptr_t>(host(0));
   return static_cast<std::uint32_t>(start / page_size % huge_pages);
 }
@@ -248,14 +258,25 @@ bool LiveRegion::reads_leave_no_trace(SurveyMode mode) const {
   }
 }
 
+void LiveRegion::disprove(std::uint32_t page, std::uint32_t count) {
+  std::fill_n(proven_.begin() + page, count, false);
+}
+
 void LiveRegion::wrote(std::uint32_t page, std::uint32_t count, Content content) {
   touched(page, count, Reason::written);
+  disprove(page, count);
   std::fill_n(contents_.begin() + page, count, content);
 }
 
 void LiveRegion::touched(std::uint32_t page, std::uint32_t count, Reason why) {
   for (std::uint32_t at = page; at < page + count; ++at)
     if (reasons_[at] == Reason::none || reasons_[at] == Reason::read) reasons_[at] = why;
+  if (proof_ == Proof::watch && why != Reason::read) {
+    // The host's page tables go by 4 KiB, but for huge pages of the pool.
+    const std::uint32_t unit = is_hugetlb(spec_.memory) ? huge_pages : 1;
+    const std::uint32_t from = page / unit * unit;
+    disprove(from, (page + count + unit - 1) / unit * unit - from);
+  }
   // The rest of a huge page comes with it, and stays when that page goes.
   if (!is_coarse()) return;
   const std::uint32_t base = window_base();
@@ -266,12 +287,73 @@ void LiveRegion::touched(std::uint32_t page, std::uint32_t count, Reason why) {
 }
 
 void LiveRegion::discarded(std::uint32_t page, std::uint32_t count) {
+  const bool is_left = proof_ == Proof::watch && is_hugetlb(spec_.memory);
+  facts.protection_left = facts.protection_left || is_left;
   for (std::uint32_t at = page; at < page + count; ++at) {
     contents_[at] = file_contents_[at];
     // Whoever made a private copy has read the file first, where that allocates.
     const bool was_read = is_private_file(spec_.memory) && reasons_[at] != Reason::none;
-    reasons_[at] = was_read ? Reason::read : Reason::none;
+    reasons_[at] = was_read ? Reason::read : is_left ? Reason::protection_left : Reason::none;
   }
+  // Page tables forget their protection; what was never written stays so.
+  if (proof_ == Proof::watch) disprove(page, count);
+}
+
+void LiveRegion::discarded_by_library(std::uint32_t page, std::uint32_t count, bool may_be_cleared) {
+  if (is_private_file(spec_.memory)) {
+    facts.replaced = true;
+    std::fill_n(file_contents_.begin() + page, count, Content::zero);
+  }
+  discarded(page, count);
+  if (may_be_cleared) touched(page, count, Reason::written);
+}
+
+void LiveRegion::freed(std::uint32_t page, std::uint32_t count) {
+  std::fill_n(contents_.begin() + page, count, Content::any);
+  if (proof_ == Proof::watch) disprove(page, count);
+}
+
+std::vector<bool> LiveRegion::readable() const {
+  // The whole file is, mapped or not.
+  std::vector<bool> result(spec_.pages, spec_.memory == Memory::hugetlb_memfd);
+  if (spec_.memory == Memory::unknown || spec_.memory == Memory::hugetlb_memfd) return result;
+  const int pagemap = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
+  if (pagemap < 0) return result;
+  std::vector<std::uint64_t> entries(spec_.pages);
+  const std::size_t bytes = entries.size() * sizeof(std::uint64_t);
+  const auto from = static_cast<off_t>(reinterpret_cast<std::uintptr_t>(host(0)) / page_size * sizeof(std::uint64_t));
+  const bool is_known = pread(pagemap, entries.data(), bytes, from) == static_cast<ssize_t>(bytes);
+  close(pagemap);
+  if (!is_known) return result;
+  // Documentation/admin-guide/mm/pagemap.rst: bit 63, present; bit 62, swapped.
+  for (std::uint32_t page = 0; page < spec_.pages; ++page)
+    result[page] = entries[page] >> 62 == 2;
+  // Of shared memory, what no process has mapped can be in the page cache. What was paged out may leave it any time.
+  if (!is_shared(spec_.memory) || spec_.memory == Memory::shared_file || facts.paged_out) return result;
+  std::vector<unsigned char> resident(spec_.pages);
+  if (mincore(host(0), spec_.pages * page_size, resident.data()) != 0) return result;
+  for (std::uint32_t page = 0; page < spec_.pages; ++page)
+    result[page] = result[page] || (resident[page] & 1) != 0;
+  return result;
+}
+
+void LiveRegion::begin_proof(Proof proof, bool is_promised) {
+  proof_ = proof;
+  const std::vector<bool> is_readable = readable();
+  for (std::uint32_t page = 0; page < spec_.pages; ++page) {
+    const Reason why = reasons_[page];
+    // Only what is in memory can be protected: what was read may be the kernel's one page of zeros, and of a huge page
+    // that a neighbour brought it is not known whether it came.
+    const bool is_protected = is_readable[page] && (why == Reason::written || why == Reason::populated);
+    const bool is_untouched = why == Reason::none && reason(page, SurveyMode::newest) == Reason::none;
+    const bool is_known = is_protected || (proof == Proof::log && (is_untouched || is_promised));
+    proven_[page] = is_known && contents_[page] == Content::zero;
+  }
+}
+
+void LiveRegion::written_by(std::uint32_t page, std::uint32_t count, std::uint8_t who) {
+  for (std::uint32_t at = page; at < page + count; ++at)
+    writers_[at] |= who;
 }
 
 Reason LiveRegion::reason(std::uint32_t page, SurveyMode mode) const {
@@ -285,6 +367,8 @@ Reason LiveRegion::reason(std::uint32_t page, SurveyMode mode) const {
   if (spec_.memory == Memory::hugetlb_memfd &&
       (facts.written_elsewhere || facts.entries_dropped || facts.allocated_unwritten))
     return Reason::other_process;
+  // An entry too many here, and the file's pages are no longer accounted for.
+  if (spec_.memory == Memory::hugetlb_memfd && facts.protection_left) return Reason::protection_left;
   const bool is_traceless = reads_leave_no_trace(mode);
   const auto counts = [&](Reason why) { return why != Reason::none && !(why == Reason::read && is_traceless); };
   if (counts(reasons_[page])) return reasons_[page];

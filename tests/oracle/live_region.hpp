@@ -18,18 +18,20 @@ namespace cppvmm::oracle {
 /// Why a zero page may be missing from an answer. What is missing for no reason is a failure.
 enum class Reason : std::uint8_t {
   none,
-  written,       ///< Written: zeros, or data that was overwritten with zeros.
-  read,          ///< Read where reading allocates, or where the kernel cannot tell a read from a write.
-  populated,     ///< Populated, locked or collapsed into a huge page beforehand.
-  huge_page,     ///< A neighbour in the same huge page (or block of the file) was touched.
-  other_process, ///< Another process has huge pages of the file that are not mapped here: which, nobody tells.
-  no_evidence,   ///< Nothing proves anything of the whole region.
-  marked,        ///< Marked as touched by the embedder.
-  left_out,      ///< Named in SurveyOptions::leave_out.
-  output_page,   ///< Holds the answer.
-  beyond_255,    ///< In a range that is smaller than the 255 largest.
+  written,         ///< Written: zeros, or data that was overwritten with zeros.
+  read,            ///< Read where reading allocates, or where the kernel cannot tell a read from a write.
+  populated,       ///< Populated, locked or collapsed into a huge page beforehand.
+  huge_page,       ///< A neighbour in the same huge page (or block of the file) was touched.
+  other_process,   ///< Another process has huge pages of the file that are not mapped here: which, nobody tells.
+  no_evidence,     ///< Nothing proves anything of the whole region.
+  marked,          ///< Marked as touched by the embedder.
+  left_out,        ///< Named in SurveyOptions::leave_out.
+  output_page,     ///< Holds the answer.
+  beyond_255,      ///< In a range that is smaller than the 255 largest.
+  absent,          ///< Its content could not be read: swapped out, or of a disk's file and not mapped.
+  protection_left, ///< A watched huge page of the pool was discarded: what protected it stays in the page tables.
 };
-inline constexpr unsigned reason_kinds = 11;
+inline constexpr unsigned reason_kinds = 13;
 [[nodiscard]] const char* to_string(Reason reason);
 
 /// What a page is known to hold.
@@ -40,7 +42,22 @@ struct RegionFacts {
   bool allocated_unwritten = false; ///< By fallocate(2).
   bool entries_dropped = false;
   bool written_elsewhere = false; ///< By a process with a mapping of its own.
+  bool paged_out = false;
+  bool protection_left = false; ///< In the page tables, where a watched huge page was discarded.
+  bool replaced = false;        ///< Anonymous memory took the place of parts of a private file.
+  bool library_huge = false;    ///< Huge pages were asked for through the Region.
 };
+
+/// What, beside evidence, proves pages of a region zero.
+enum class Proof : std::uint8_t {
+  none,
+  watch,
+  log, ///< A complete one.
+};
+
+/// Who wrote, as bits.
+inline constexpr std::uint8_t by_host_accessor = 1;
+inline constexpr std::uint8_t by_vcpu = 2;
 
 class LiveRegion {
 public:
@@ -69,11 +86,35 @@ public:
   void touched(std::uint32_t page, std::uint32_t count, Reason why);
   /// Discarded: what the file holds, or nothing.
   void discarded(std::uint32_t page, std::uint32_t count);
+  /// By the library, which sees to it that a file's data does not come back. Of `may_be_cleared` pages some still have
+  /// memory, with zeros in it.
+  void discarded_by_library(std::uint32_t page, std::uint32_t count, bool may_be_cleared);
+  /// MADV_FREE: whether the content is gone is not known.
+  void freed(std::uint32_t page, std::uint32_t count);
   [[nodiscard]] Content content(std::uint32_t page) const { return contents_[page]; }
   void set_content(std::uint32_t page, Content content) { contents_[page] = content; }
   /// Why the page may be missing, all things considered but those that concern the answer.
   [[nodiscard]] Reason reason(std::uint32_t page, SurveyMode mode) const;
   RegionFacts facts;
+
+  /// Pages whose content can be read without bringing anything in, as things are now.
+  [[nodiscard]] std::vector<bool> readable() const;
+  /// A watch or log begins. With a promised baseline all pages count as zero.
+  void begin_proof(Proof proof, bool is_promised);
+  /// By Region::set_huge_pages; for good, as there is no way back for what is there already.
+  void wants_huge_pages() {
+    spec_.thp = Thp::wanted;
+    facts.library_huge = true;
+  }
+  void end_proof() { proof_ = Proof::none; }
+  [[nodiscard]] Proof proof() const { return proof_; }
+  /// Whether the watch or log has to know that the page is zero.
+  [[nodiscard]] bool is_proven(std::uint32_t page) const { return proof_ != Proof::none && proven_[page]; }
+
+  /// Who wrote which page since a log began.
+  void forget_writers() { writers_.assign(writers_.size(), 0); }
+  void written_by(std::uint32_t page, std::uint32_t count, std::uint8_t who);
+  [[nodiscard]] std::uint8_t writers(std::uint32_t page) const { return writers_[page]; }
 
 private:
   LiveRegion() = default;
@@ -83,6 +124,7 @@ private:
   /// Where page 0 is in the first window that it is in.
   [[nodiscard]] std::uint32_t window_base() const;
   [[nodiscard]] bool reads_leave_no_trace(SurveyMode mode) const;
+  void disprove(std::uint32_t page, std::uint32_t count);
 
   RegionSpec spec_;
   std::uint64_t first_page_ = 0;
@@ -96,6 +138,9 @@ private:
   std::vector<Content> file_contents_; ///< What the file of a private mapping holds.
   std::vector<Content> contents_;
   std::vector<Reason> reasons_;
+  Proof proof_ = Proof::none;
+  std::vector<bool> proven_;
+  std::vector<std::uint8_t> writers_;
 };
 
 } // namespace cppvmm::oracle

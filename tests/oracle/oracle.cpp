@@ -13,6 +13,7 @@
 #include <cstring>
 #include <expected>
 #include <fcntl.h>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <span>
@@ -20,10 +21,12 @@
 #include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/wait.h>
+#include <thread>
 #include <unistd.h>
 #include <utility>
 #include <vector>
 
+#include "guest_log.hpp"
 #include "oracle.hpp"
 
 import cppvmm.guest_memory;
@@ -40,6 +43,7 @@ constexpr int madv_populate_write = 23;
 constexpr int madv_collapse = 25;
 
 constexpr std::uint32_t huge_pages = 512;
+constexpr std::uint32_t most_populated = 600; // pages of a region: populating costs memory and tells little
 constexpr std::size_t most_problems = 8;
 
 /// Where in a page writers of data put their byte, and where writers of a single zero do.
@@ -79,6 +83,18 @@ std::vector<Span> joined(std::vector<Span> all) {
   return result;
 }
 
+/// What of `ascending` is not in the pages.
+std::vector<Span> without(const std::vector<Span>& ascending, std::uint64_t first, std::uint64_t count) {
+  std::vector<Span> result;
+  for (const Span& span : ascending) {
+    const std::uint64_t end = span.first + span.count;
+    if (span.first < first) result.push_back({span.first, std::min(end, first) - span.first});
+    const std::uint64_t after = std::max(span.first, first + count);
+    if (after < end) result.push_back({after, end - after});
+  }
+  return result;
+}
+
 bool is_zero(const std::byte* page) {
   std::uint64_t any = 0;
   for (std::size_t at = 0; at < page_size; at += sizeof any) {
@@ -91,8 +107,12 @@ bool is_zero(const std::byte* page) {
 
 } // namespace
 
-SurveyOptions options_of(SurveyMode mode) {
+SurveyOptions options_of(SurveyMode mode, std::uint8_t mode_options) {
   SurveyOptions options;
+  if (mode == SurveyMode::content_check) {
+    const ContentCheckOptions check{.parallel_tasks = 2, .scan = static_cast<ZeroScan>(mode_options & 3)};
+    options.content_check = check;
+  }
   if (mode == SurveyMode::legacy) options.source = EvidenceSource::legacy;
   return options;
 }
@@ -116,8 +136,12 @@ std::vector<std::string> contradictions(const Survey& survey, const GuestMemory&
   if (rest != survey.zeroed) problems.emplace_back("survey: zeroed is not RAM without touched and left out");
   if (survey.regions.size() != map->regions().size()) problems.emplace_back("survey: a region has no report");
   std::uint64_t touched = 0;
-  for (const RegionSurvey& region : survey.regions)
-    touched += region.touched_pages;
+  for (const RegionSurvey& region : survey.regions) {
+    if (region.kind != RegionKind::ram) continue;
+    const std::uint64_t left = region.pages.count() - region.zeroed_pages;
+    if (left > region.touched_pages) problems.emplace_back("survey: a region has more touched pages than evidence");
+    touched += left;
+  }
   if (touched > survey.touched.page_count()) problems.emplace_back("survey: regions have more touched pages than all");
   return problems;
 }
@@ -127,6 +151,14 @@ Answered real_surveyor(const GuestMemory& memory, const SurveyOptions& options, 
   const Survey direct = memory.survey(options);
   answered.direct = spans(direct.zeroed);
   answered.problems = contradictions(direct, memory, options);
+  for (const auto& [pages, by] : direct.touched_map().entries()) {
+    const Span span{pages.first().value(), pages.count()};
+    if (by.has(Toucher::host)) answered.by_host.push_back(span);
+    if (by.has(Toucher::guest)) answered.by_guest.push_back(span);
+  }
+  answered.by_host = joined(std::move(answered.by_host));
+  answered.by_guest = joined(std::move(answered.by_guest));
+  answered.names_writers = true;
   HvOptions offered;
   offered.survey = options;
   offered.on_boot_zeroed = [&](const BootZeroedAnswer& answer) { answered.zeroed = spans(answer.survey.zeroed); };
@@ -179,14 +211,20 @@ public:
   ~Run() {
     for (const pid_t child : children_)
       bury(child);
+    end_log();
     if (oracle_.guest_ && guest_has_memory_) static_cast<void>(oracle_.guest_->set_memory({}));
   }
 
   Outcome carry_out(const Surveyor& surveyor) {
     outcome_.figures.cases = 1;
     if (!lay_out()) return std::move(outcome_);
-    for (std::size_t i = 0; i < case_.steps.size() && outcome_.holds(); ++i) {
+    // A promise that nothing was written yet is for the beginning only.
+    const bool is_late = (case_.mode_options & 2) != 0;
+    const std::size_t proofs_at = is_late ? case_.steps.size() / 2 : 0;
+    for (std::size_t i = 0; i <= case_.steps.size() && outcome_.holds(); ++i) {
       step_ = i;
+      if (i == proofs_at) begin_proofs(!is_late && (case_.mode_options & 1) != 0);
+      if (i == case_.steps.size()) break;
       const bool done = apply(case_.steps[i]);
       ++(done ? outcome_.figures.done
               : outcome_.figures.refused)[static_cast<unsigned>(case_.steps[i].writer) % writer_kinds];
@@ -261,6 +299,89 @@ private:
     return true;
   }
 
+  // -------------------------------------------------------------------------------------------------------- proofs
+
+  static bool is_provable(const LiveRegion& live) {
+    const Memory memory = live.spec().memory;
+    return !live.spec().rom && memory != Memory::unknown && memory != Memory::shared_file && !is_private_file(memory);
+  }
+
+  void begin_proofs(bool is_promised) {
+    if (case_.mode == SurveyMode::write_watch)
+      for (const Live& live : lives_)
+        watch(*live, is_promised);
+    if (case_.mode == SurveyMode::dirty_log) begin_log(is_promised);
+  }
+
+  /// Where this kernel has no watch, the case goes on without.
+  void watch(LiveRegion& live, bool is_promised) {
+    if (!is_provable(live) || live.proof() == Proof::watch) return;
+    const bool has_zeros_only = [&] {
+      for (std::uint32_t page = 0; page < live.pages(); ++page)
+        if (live.content(page) != Content::zero) return false;
+      return true;
+    }();
+    is_promised = is_promised && has_zeros_only;
+    const WriteWatchOptions options{.baseline = is_promised ? Baseline::promise : Baseline::content,
+                                    .written_through_this_mapping_only = is_shared(live.spec().memory)};
+    const auto armed = memory_.arm_write_watch(live.region().start(), options);
+    if (!armed) {
+      if (armed.error().code != MemoryErrc::unavailable || kernel_facts().page_map_scan)
+        problem("no write watch: %s", armed.error().message().c_str());
+      return;
+    }
+    live.begin_proof(Proof::watch, is_promised);
+  }
+
+  void begin_log(bool is_promised) {
+    if (!guest_sees_memory()) return;
+    const bool is_complete = (case_.mode_options & 4) == 0;
+    const WriteLogOptions options{.baseline = is_promised ? Baseline::promise : Baseline::content,
+                                  .complete = is_complete};
+    auto started = start_dirty_log(*oracle_.guest_, memory_, options);
+    if (!started) {
+      problem("no dirty log: %s", started.error().c_str());
+      return;
+    }
+    log_.emplace(std::move(*started));
+    has_complete_log_ = is_complete;
+    for (const Live& live : lives_) {
+      live->forget_writers();
+      if (is_complete && is_provable(*live)) live->begin_proof(Proof::log, is_promised);
+    }
+  }
+
+  void end_log() {
+    if (!log_) return;
+    if (const auto stopped = log_->stop(); !stopped) problem("%s", stopped.error().message().c_str());
+    log_.reset();
+    has_complete_log_ = false;
+    for (const Live& live : lives_)
+      if (live) live->end_proof();
+  }
+
+  /// What the embedder has promised that nobody does.
+  [[nodiscard]] bool breaks_promise(const Step& step, const LiveRegion& live) const {
+    const bool is_watched_shared = live.proof() == Proof::watch && is_shared(live.spec().memory);
+    switch (step.writer) {
+    case Writer::other_mapping:
+    case Writer::other_pwrite:
+      return is_watched_shared || has_complete_log_;
+    case Writer::fork_child:
+      return is_watched_shared || (has_complete_log_ && is_shared(live.spec().memory));
+    case Writer::raw_pointer:
+    case Writer::scatter:
+    case Writer::read_from_pipe:
+    case Writer::process_vm_writev:
+    case Writer::data_then_zero:
+      return has_complete_log_;
+    case Writer::zero_write:
+      return has_complete_log_ && (step.variant & 1) == 0;
+    default:
+      return false;
+    }
+  }
+
   // ------------------------------------------------------------------------------------------------------- writers
 
   /// Whether a writer has something to do with a kind of memory.
@@ -284,6 +405,7 @@ private:
       number = (number + 1) % lives_.size();
     if (!suits(step.writer, lives_[number]->spec().memory)) return false;
     LiveRegion& live = *lives_[number];
+    if (breaks_promise(step, live)) return false;
     const std::uint32_t page = step.page % live.pages();
     const std::uint32_t count = std::clamp<std::uint32_t>(step.count, 1, live.pages() - page);
     const std::uint8_t value = step.value == 0 ? 1 : step.value;
@@ -326,6 +448,10 @@ private:
       return fork_child(live, page, count, value, at, (step.variant & 4) != 0);
     case Writer::discard:
       return discard(live, page, count, step.variant);
+    case Writer::library_discard:
+      return library_discard(live, page, count, (step.variant & 6) == 6);
+    case Writer::reset:
+      return reset(step);
     case Writer::drop_entries:
       if (madvise(live.host(page), count * page_size, MADV_DONTNEED) != 0) return false;
       live.facts.entries_dropped = true;
@@ -333,9 +459,19 @@ private:
     case Writer::allocate:
       return allocate(live, page, count);
     case Writer::populate: {
+      if (step.variant >= 6 && live.pages() <= most_populated) {
+        live.touched(0, live.pages(), Reason::populated);
+        return live.region().populate().has_value();
+      }
       const bool writes = (step.variant & 1) == 0;
       live.touched(page, count, writes ? Reason::populated : Reason::read);
       return madvise(live.host(page), count * page_size, writes ? madv_populate_write : madv_populate_read) == 0;
+    }
+    case Writer::set_huge_pages: {
+      const auto use = step.variant % 2 == 0 ? HugePages::preferred : HugePages::never;
+      const bool done = live.region().set_huge_pages(use).has_value();
+      if (done && use == HugePages::preferred) live.wants_huge_pages();
+      return done;
     }
     case Writer::remap:
       return remap(number, step);
@@ -344,6 +480,7 @@ private:
     case Writer::page_out: {
       // A page that was allocated and never written goes to swap as the zeros that it reads.
       if (live.facts.allocated_unwritten) live.touched(0, live.pages(), Reason::populated);
+      live.facts.paged_out = true;
       const bool all = (step.variant & 1) != 0;
       return madvise(live.host(all ? 0 : page), (all ? live.pages() : count) * page_size, madv_pageout) == 0;
     }
@@ -366,6 +503,7 @@ private:
       return true;
     case Writer::vcpu_store:
       if (live.spec().rom || !guest_sees_memory()) return false;
+      live.written_by(page, count, by_vcpu);
       return ran(oracle_.guest_->access((live.first_page() + page) * page_size + at, count, value)) &&
              written(live, page, count, 0);
     case Writer::vcpu_read:
@@ -411,6 +549,7 @@ private:
         done = memory_.write_value(GuestAddress(start.value() + i * page_size + at), value);
     }
     if (!done) problem("driver: step %zu: %s", step_, done.error().message().c_str());
+    live.written_by(page, count, by_host_accessor);
     return written(live, page, count, done ? 0 : EIO);
   }
 
@@ -418,6 +557,7 @@ private:
     const std::vector<std::byte> zeros(count * page_size);
     const auto done = memory_.load(GuestAddress((live.first_page() + page) * page_size), zeros);
     if (!done) problem("driver: step %zu: %s", step_, done.error().message().c_str());
+    live.written_by(page, count, by_host_accessor);
     live.wrote(page, count, Content::zero);
     return done.has_value();
   }
@@ -496,8 +636,7 @@ private:
     if (is_anonymous && variant % 4 == 3) {
       // Gone at some time, or not.
       if (madvise(start, bytes, MADV_FREE) != 0) return false;
-      for (std::uint32_t i = page; i < page + count; ++i)
-        live.set_content(i, Content::any);
+      live.freed(page, count);
       return true;
     }
     int result = 0;
@@ -508,6 +647,72 @@ private:
       result = madvise(start, bytes, is_shared(memory) ? MADV_REMOVE : MADV_DONTNEED);
     if (result != 0) return false; // locked memory, most often
     live.discarded(page, count);
+    return true;
+  }
+
+  bool library_discard(LiveRegion& live, std::uint32_t page, std::uint32_t count, bool is_scattered) {
+    std::vector<Span> parts; // counted in the region
+    if (is_scattered) {
+      for (std::uint32_t i = page % 2; i < std::min<std::uint32_t>(live.pages(), 1400); i += 2)
+        parts.push_back({i, 1});
+    } else {
+      parts.push_back({page, count});
+    }
+    PageSet pages;
+    for (const Span& part : parts)
+      pages.add(range(live.first_page() + part.first, part.count));
+    const auto done = memory_.discard(pages);
+    const bool is_refused = live.spec().rom || live.spec().memory == Memory::unknown;
+    if (done.has_value() == is_refused)
+      problem("step %zu: discard of %s: %s", step_, to_string(live.spec().memory),
+              done ? "done" : done.error().message().c_str());
+    if (!done) return false;
+    if (done->freed_pages + done->cleared_pages != pages.page_count())
+      problem("step %zu: discard counts %llu pages", step_,
+              static_cast<unsigned long long>(done->freed_pages + done->cleared_pages));
+    for (const Span& part : parts) {
+      discarded_by_library(live, static_cast<std::uint32_t>(part.first), static_cast<std::uint32_t>(part.count),
+                           done->cleared_pages > 0);
+    }
+    return true;
+  }
+
+  void discarded_by_library(LiveRegion& live, std::uint32_t page, std::uint32_t count, bool some_are_cleared) {
+    marked_ = without(marked_, live.first_page() + page, count);
+    // Nothing else is ever only cleared, on a kernel that can discard locked memory; a part of a huge page always is.
+    const bool may_be_cleared = is_hugetlb(live.spec().memory) || is_private_file(live.spec().memory) ||
+                                live.spec().memory == Memory::shared_file || live.is_locked();
+    if (some_are_cleared && !may_be_cleared) problem("step %zu: pages were only cleared", step_);
+    live.discarded_by_library(page, count, some_are_cleared && may_be_cleared);
+  }
+
+  bool reset(const Step& step) {
+    PageSet keep;
+    std::vector<Span> kept; // of each region of RAM, counted in it
+    bool is_refused = false;
+    for (const Live& live : lives_) {
+      const std::uint32_t page = step.page % live->pages();
+      Span span{page, std::min<std::uint64_t>(std::uint64_t{step.count} * 16, live->pages() - page)};
+      if (step.variant % 2 == 0) span = {0, 0};
+      kept.push_back(span);
+      if (span.count > 0) keep.add(range(live->first_page() + span.first, span.count));
+      if (!live->spec().rom && live->spec().memory == Memory::unknown && span.count < live->pages()) is_refused = true;
+    }
+    const auto done = memory_.reset(keep);
+    if (done.has_value() == is_refused)
+      problem("step %zu: reset: %s", step_, done ? "done" : done.error().message().c_str());
+    if (!done) return false;
+    for (std::size_t i = 0; i < lives_.size(); ++i) {
+      LiveRegion& live = *lives_[i];
+      if (live.spec().rom) continue;
+      const auto first = static_cast<std::uint32_t>(kept[i].first);
+      const auto end = static_cast<std::uint32_t>(kept[i].first + kept[i].count);
+      const bool may_be_cleared =
+          done->cleared_pages > 0 && (is_hugetlb(live.spec().memory) || live.is_locked() ||
+                                      is_private_file(live.spec().memory) || live.spec().memory == Memory::shared_file);
+      if (first > 0) discarded_by_library(live, 0, first, may_be_cleared);
+      if (end < live.pages()) discarded_by_library(live, end, live.pages() - end, may_be_cleared);
+    }
     return true;
   }
 
@@ -531,7 +736,8 @@ private:
     if (live.pages() < first + huge_pages || is_hugetlb(live.spec().memory)) return false;
     const std::uint32_t count = (live.pages() - first) / huge_pages * huge_pages;
     const bool done = madvise(live.host(first), count * page_size, madv_collapse) == 0;
-    if (done || live.spec().thp != Thp::forbidden) live.touched(first, count, Reason::populated);
+    if (done || live.spec().thp != Thp::forbidden)
+      live.touched(first, count, done ? Reason::populated : Reason::huge_page);
     return done;
   }
 
@@ -551,6 +757,7 @@ private:
       spec.memory = Memory::memfd;
     spec.before = Before::nothing;
     spec.file_seed += 1;
+    end_log();
     if (oracle_.guest_ && guest_has_memory_) {
       // KVM has a mapping in a slot as long as it is there.
       static_cast<void>(oracle_.guest_->set_memory({}));
@@ -567,6 +774,7 @@ private:
       problem("driver: step %zu: %s", step_, added.error().message().c_str());
       return false;
     }
+    if (case_.mode == SurveyMode::write_watch && step.variant % 2 == 0) watch(*lives_[number], step.variant % 4 == 0);
     return true;
   }
 
@@ -598,6 +806,7 @@ private:
       return false;
     }
     live.wrote(page, count, Content::data);
+    live.written_by(page, count, by_host_accessor | by_vcpu);
     if (!ran(oracle_.guest_->walk(address, address, count))) return false;
     constexpr std::uint64_t accessed = 1 << 5;
     const auto entry = memory_.read_value<std::uint64_t>(GuestAddress(address));
@@ -615,7 +824,7 @@ private:
       ram.push_back(live.get());
       ram_pages += live->pages();
     }
-    SurveyOptions options = options_of(case_.mode);
+    SurveyOptions options = options_of(case_.mode, case_.mode_options);
     std::uint64_t skip = case_.leave_out_page % ram_pages;
     std::uint64_t wanted = case_.leave_out_count;
     for (const LiveRegion* live : ram) {
@@ -635,7 +844,21 @@ private:
     const std::uint64_t at = case_.output_at_8 ? 8 : 0;
     count_swapped();
 
+    std::vector<std::vector<bool>> readable;
+    if (case_.mode == SurveyMode::content_check)
+      for (const Live& live : lives_)
+        readable.push_back(live->readable());
+    std::vector<std::thread> threads;
+    unsigned tasks = 0;
+    if (options.content_check && (case_.mode_options & 4) != 0)
+      options.content_check->executor = [&](std::function<void()> task) {
+        const bool is_dropped = (case_.mode_options & 8) != 0 && ++tasks % 2 == 0;
+        if (!is_dropped) threads.emplace_back(std::move(task));
+      };
+
     Answered answered = surveyor(memory_, options, GuestAddress(output_page_ * page_size + at));
+    for (std::thread& thread : threads)
+      thread.join();
     home.wrote(page, 1, Content::any);
     for (const std::string& line : answered.problems)
       problem("%s", line.c_str());
@@ -646,8 +869,13 @@ private:
     decode(home.host(page) + at, answered.zeroed);
     zeroed_ = joined(std::move(answered.zeroed));
     direct_ = joined(std::move(answered.direct));
-    for (const Live& live : lives_)
-      check(*live);
+    by_host_ = std::move(answered.by_host);
+    by_guest_ = std::move(answered.by_guest);
+    names_writers_ = answered.names_writers;
+    for (std::size_t i = 0; i < lives_.size(); ++i) {
+      if (!readable.empty()) readable_ = std::move(readable[i]);
+      check(*lives_[i]);
+    }
     const auto is_ram = [&](std::uint64_t number) {
       return std::ranges::any_of(ram,
                                  [&](const LiveRegion* live) { return number - live->first_page() < live->pages(); });
@@ -749,6 +977,7 @@ private:
     const bool is_reported = contains(reported_, number);
     figures.reported_pages += is_reported ? 1 : 0;
     const bool is_output = number == output_page_;
+    if (names_writers_ && !is_output) check_writers(live, page, number, zero);
     if (is_output && (is_reported || contains(zeroed_, number))) unsound("holds the answer", number, &live);
     if (is_output) return;
     const bool is_claimed = is_reported || contains(zeroed_, number) || contains(direct_, number);
@@ -765,12 +994,32 @@ private:
               static_cast<unsigned long long>(number), page, to_string(live.spec().memory));
   }
 
+  /// Nobody is named who did not write, and of data in the log, everyone is who did.
+  void check_writers(const LiveRegion& live, std::uint32_t page, std::uint64_t number, bool zero) {
+    const std::uint8_t who = log_ ? live.writers(page) : std::uint8_t{0};
+    const bool says_host = contains(by_host_, number);
+    const bool says_guest = contains(by_guest_, number);
+    const auto complain = [&](const char* what) {
+      problem("WRITER: page 0x%llx (page %u of %s) %s", static_cast<unsigned long long>(number), page,
+              to_string(live.spec().memory), what);
+    };
+    if (says_guest && (who & by_vcpu) == 0) complain("is said to be the guest's, which did not write it");
+    if (says_host && (who & by_host_accessor) == 0) complain("is said to be the host's, whose accessors did not");
+    if (zero || live.spec().memory == Memory::unknown) return;
+    if (!says_guest && (who & by_vcpu) != 0) complain("holds data, was written by the guest, and is not said to be");
+    if (!says_host && (who & by_host_accessor) != 0)
+      complain("holds data, was written by an accessor, and is not said");
+  }
+
   Reason reason_for(const LiveRegion& live, std::uint32_t page, std::uint64_t number) const {
     // The ranges that were chosen were compared with what they were chosen from.
     if (contains(zeroed_, number)) return is_full_ ? Reason::beyond_255 : Reason::none;
     if (contains(left_out_, number)) return Reason::left_out;
     if (contains(marked_, number)) return Reason::marked;
-    return live.reason(page, case_.mode);
+    const Reason reason = live.reason(page, case_.mode);
+    if (reason == Reason::none || live.is_proven(page)) return Reason::none;
+    if (case_.mode != SurveyMode::content_check || live.spec().memory == Memory::unknown) return reason;
+    return readable_[page] ? Reason::none : Reason::absent;
   }
 
   Oracle& oracle_;
@@ -780,10 +1029,15 @@ private:
   GuestMemory memory_;
   std::vector<pid_t> children_;
   bool guest_has_memory_ = false;
+  std::optional<DirtyLog> log_;
+  bool has_complete_log_ = false;
   std::size_t step_ = 0;
   std::vector<Span> marked_, left_out_;
   std::uint64_t output_page_ = 0;
   std::vector<Span> reported_, zeroed_, direct_;
+  std::vector<Span> by_host_, by_guest_;
+  bool names_writers_ = false;
+  std::vector<bool> readable_; ///< Of the region that is being checked, where content was looked at.
   bool is_full_ = false;
 };
 

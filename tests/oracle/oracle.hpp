@@ -32,6 +32,9 @@ struct Answered {
   std::vector<Span> zeroed;            ///< What the answer was chosen from.
   std::vector<Span> direct;            ///< What GuestMemory::survey called zeroed, without the output page left out.
   std::vector<std::string> problems{}; ///< Where the survey contradicts itself.
+  std::vector<Span> by_host{};         ///< What GuestMemory::survey says the accessors wrote.
+  std::vector<Span> by_guest{};        ///< And the guest.
+  bool names_writers = false;          ///< Whether these two say all that is known.
 };
 
 /// Makes an answer in the place of the hypercall handler: writes it to the output address.
@@ -44,7 +47,8 @@ using Surveyor = std::function<Answered(const GuestMemory&, const SurveyOptions&
 [[nodiscard]] std::vector<std::string> contradictions(const Survey& survey, const GuestMemory& memory,
                                                       const SurveyOptions& options);
 
-[[nodiscard]] SurveyOptions options_of(SurveyMode mode);
+/// What of the mode is said to the survey itself.
+[[nodiscard]] SurveyOptions options_of(SurveyMode mode, std::uint8_t mode_options = 0);
 
 struct Figures {
   std::uint64_t cases = 0;

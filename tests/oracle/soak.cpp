@@ -19,9 +19,10 @@ using namespace cppvmm::oracle;
 namespace {
 
 constexpr const char* usage =
-    "cppvmm-soak [--hours H | --minutes M | --pages N | --cases N] [--seed S] [--small]\n"
+    "cppvmm-soak [--hours H | --minutes M | --pages N | --cases N] [--seed S] [--small] [--mode MODE]\n"
     "Draws memory maps and writers, asks for the answer, and reads every page, until the bound (default: 10 million\n"
     "page checks). Case i has seed S + i. --small: regions of at most 8 MiB, as in the tests.\n"
+    "--mode: newest, legacy, content-check, write-watch or dirty-log in all cases; else each case draws one.\n"
     "Exit status: 0 when every answer was sound and missed nothing without a reason, else 1.\n";
 
 struct Bounds {
@@ -30,6 +31,7 @@ struct Bounds {
   std::uint64_t cases = UINT64_MAX;
   std::optional<std::uint64_t> seed;
   bool small = false;
+  std::optional<SurveyMode> mode;
 };
 
 std::optional<Bounds> parse(int count, char** words) {
@@ -42,6 +44,11 @@ std::optional<Bounds> parse(int count, char** words) {
       continue;
     }
     if (i + 1 >= count) return std::nullopt;
+    if (word == "--mode") {
+      bounds.mode = mode_of(words[++i]);
+      if (!bounds.mode) return std::nullopt;
+      continue;
+    }
     char* end = nullptr;
     const char* const text = words[++i];
     const double number = std::strtod(text, &end);
@@ -82,7 +89,7 @@ int main(int count, char** words) {
   for (const int signal : {SIGINT, SIGTERM, SIGHUP})
     if (sigaction(signal, &action, nullptr) != 0) return 1;
 
-  Profile profile{.large = !bounds->small};
+  Profile profile{.large = !bounds->small, .mode = bounds->mode};
   auto oracle = Oracle::start();
   if (!oracle) {
     std::printf("%s\n", oracle.error().c_str());
