@@ -245,12 +245,14 @@ std::uint32_t LiveRegion::window_base() const {
 
 bool LiveRegion::reads_leave_no_trace(SurveyMode mode) const {
   const KernelFacts& kernel = kernel_facts();
+  const bool can_tell = kernel.page_map_scan && mode != SurveyMode::legacy && !is_coarse();
   switch (spec_.memory) {
   case Memory::anonymous:
   case Memory::adopted_anonymous:
-    return kernel.page_map_scan && mode != SurveyMode::legacy && !is_coarse();
+    return can_tell;
   case Memory::private_file:
   case Memory::adopted_private_file:
+    return !kernel.files_in_memory && (can_tell || !facts.replaced);
   case Memory::shared_file:
     return !kernel.files_in_memory;
   default:
@@ -270,7 +272,7 @@ void LiveRegion::wrote(std::uint32_t page, std::uint32_t count, Content content)
 
 void LiveRegion::touched(std::uint32_t page, std::uint32_t count, Reason why) {
   for (std::uint32_t at = page; at < page + count; ++at)
-    if (reasons_[at] == Reason::none || reasons_[at] == Reason::read) reasons_[at] = why;
+    if (why == Reason::written || reasons_[at] == Reason::none || reasons_[at] == Reason::read) reasons_[at] = why;
   if (proof_ == Proof::watch && why != Reason::read) {
     // The host's page tables go by 4 KiB, but for huge pages of the pool.
     const std::uint32_t unit = is_hugetlb(spec_.memory) ? huge_pages : 1;

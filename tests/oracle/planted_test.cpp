@@ -12,6 +12,7 @@
 #include <string>
 #include <sys/mman.h>
 #include <unistd.h>
+#include <utility>
 #include <vector>
 
 #include "session.hpp"
@@ -83,6 +84,54 @@ Answered loses_its_own_page(const GuestMemory& memory, const SurveyOptions& opti
   return answer_with(memory, memory.survey(options).zeroed, output);
 }
 
+/// A look at content that reads the first half of each page.
+Answered reads_half_pages(const GuestMemory& memory, const SurveyOptions& options, GuestAddress output) {
+  SurveyOptions kept = options;
+  kept.leave_out.add(page(output.page().value()));
+  const Survey survey = memory.survey(kept);
+  PageSet zeroed = survey.zeroed;
+  for (const PageRange& pages : survey.touched.ranges()) {
+    for (std::uint64_t i = 0; i < pages.count(); ++i) {
+      std::array<std::byte, page_size / 2> half;
+      const PageNumber number(pages.first().value() + i);
+      if (!memory.read(GuestAddress(number.value() * page_size), half)) continue;
+      if (std::ranges::all_of(half, [](std::byte byte) { return byte == std::byte{}; }))
+        zeroed.add(page(number.value()));
+    }
+  }
+  zeroed.remove(memory.marks().pages());
+  zeroed.remove(kept.leave_out);
+  return answer_with(memory, zeroed, output);
+}
+
+/// A write watch that asks which pages were written, where it should ask which were not: of shared memory, the entry of
+/// a written page can be gone, and nothing tells then.
+Answered believes_in_missing_entries(const GuestMemory& memory, const SurveyOptions& options, GuestAddress output) {
+  SurveyOptions kept = options;
+  kept.leave_out.add(page(output.page().value()));
+  const Survey survey = memory.survey(kept);
+  PageSet zeroed = survey.zeroed;
+  const int pagemap = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
+  for (const RegionSurvey& report : survey.regions) {
+    if (!report.watch || report.watch->error || report.backing != Backing::memfd) continue;
+    const Region& region = *memory.snapshot()->find(report.pages.start_address());
+    PageSet unwritten(region.pages());
+    for (std::uint64_t i = 0; i < region.pages().count(); ++i) {
+      const auto at = reinterpret_cast<std::uintptr_t>(region.host_address()) + i * page_size;
+      std::uint64_t entry = 0;
+      // Documentation/admin-guide/mm/pagemap.rst: bit 63, present; bit 57, write-protected by userfaultfd.
+      if (pread(pagemap, &entry, sizeof entry, static_cast<off_t>(at / page_size * sizeof entry)) != sizeof entry ||
+          (entry >> 63 == 1 && (entry >> 57 & 1) == 0))
+        unwritten.remove(page(region.pages().first().value() + i));
+    }
+    zeroed.add(unwritten);
+  }
+  close(pagemap);
+  zeroed.remove(memory.marks().pages());
+  zeroed.remove(kept.leave_out);
+  return answer_with(memory, zeroed, output);
+}
+
 /// The bug is found within so many cases, as unsoundness; and all those cases hold with the real survey.
 void expect_that_it_is_found(const Surveyor& planted, std::uint64_t cases, const Profile& profile) {
   auto oracle = Oracle::start();
@@ -111,6 +160,55 @@ TEST(OracleOfTheOracle, FindsASurveyThatTrustsItsOwnTablesForASharedMemfd) {
 
 TEST(OracleOfTheOracle, FindsAnAnswerThatLosesItsOwnPage) {
   expect_that_it_is_found(loses_its_own_page, 400, {.files = false});
+}
+
+TEST(OracleOfTheOracle, FindsAContentCheckThatReadsHalfPages) {
+  expect_that_it_is_found(reads_half_pages, 400, {.files = false, .mode = SurveyMode::content_check});
+}
+
+TEST(OracleOfTheOracle, FindsAWriteWatchThatBelievesInMissingEntries) {
+  if (!kernel_facts().page_map_scan) GTEST_SKIP() << "no write watch before Linux 6.7";
+  expect_that_it_is_found(believes_in_missing_entries, 800,
+                          {.files = false, .mode = SurveyMode::write_watch, .mode_options = 0});
+}
+
+/// Sound, and not found to be complete.
+void expect_that_misses_are_found(const Surveyor& planted, const Profile& profile) {
+  auto oracle = Oracle::start();
+  ASSERT_TRUE(oracle) << oracle.error();
+  const Session session = run_cases(*oracle, plan(400), profile, {}, planted);
+  ASSERT_TRUE(session.failure);
+  EXPECT_EQ(session.figures.unsound, 0U);
+  EXPECT_GT(session.figures.unexplained(), 0U);
+}
+
+TEST(OracleOfTheOracle, FindsAContentCheckThatIsForgotten) {
+  expect_that_misses_are_found(
+      [](const GuestMemory& memory, const SurveyOptions& options, GuestAddress output) {
+        SurveyOptions without = options;
+        without.content_check.reset();
+        return real_surveyor(memory, without, output);
+      },
+      {.files = false, .mode = SurveyMode::content_check});
+}
+
+TEST(OracleOfTheOracle, FindsAWriteWatchThatIsForgotten) {
+  if (!kernel_facts().page_map_scan) GTEST_SKIP() << "no write watch before Linux 6.7";
+  expect_that_misses_are_found(
+      [](const GuestMemory& memory, const SurveyOptions& options, GuestAddress output) {
+        // Which knows of no watch.
+        const auto map = memory.snapshot();
+        auto same = MemoryMap::make(std::vector<Region>(map->regions().begin(), map->regions().end()));
+        if (!same)
+          return Answered{
+              .status = ~std::uint64_t{0}, .zeroed = {}, .direct = {}, .problems = {same.error().message()}};
+        SurveyOptions kept = options;
+        kept.leave_out.add(page(output.page().value()));
+        PageSet zeroed = GuestMemory(std::move(*same)).survey(kept).zeroed;
+        zeroed.remove(memory.marks().pages());
+        return answer_with(memory, zeroed, output);
+      },
+      {.files = false, .mode = SurveyMode::write_watch, .mode_options = 0});
 }
 
 // A survey that calls everything touched is sound, and misses without a reason.

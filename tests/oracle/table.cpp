@@ -7,6 +7,7 @@
 #include <array>
 #include <cstdint>
 #include <cstdio>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <sys/utsname.h>
@@ -53,7 +54,7 @@ const std::vector<Row>& rows() {
 }
 
 const std::vector<Column>& columns() {
-  static const std::vector<Step> data = {{.writer = Writer::raw_pointer, .page = 100, .count = 8}};
+  static const std::vector<Step> data = {{.writer = Writer::typed_write, .page = 100, .count = 8}};
   static const std::vector<Column> all = {
       {"nobody", Writer::replace},
       {"typed write", Writer::typed_write},
@@ -69,6 +70,8 @@ const std::vector<Column>& columns() {
       {"vCPU store", Writer::vcpu_store},
       {"vCPU page walk", Writer::vcpu_page_walk},
       {"discard", Writer::discard, data},
+      {"GuestMemory::discard", Writer::library_discard, data},
+      {"GuestMemory::reset", Writer::reset, data},
       {"entries dropped", Writer::drop_entries, data},
       {"fallocate", Writer::allocate},
       {"remap", Writer::remap, data},
@@ -83,10 +86,12 @@ Case scenario(const Row& row, const Column& column, SurveyMode mode) {
   what.regions[0].pages = pages;
   if (row.spec.thp == Thp{}) what.regions[0].thp = Thp::forbidden;
   const auto value = column.writer == Writer::remap ? static_cast<std::uint8_t>(row.spec.memory) : std::uint8_t{7};
+  // Zeros by the accessors, which keep every promise.
+  const std::uint8_t variant = column.writer == Writer::zero_write ? 1 : 0;
   for (const std::uint32_t page : {100U, 104U, 700U}) {
-    what.steps.push_back({.writer = column.writer, .page = page, .count = 4, .value = value, .variant = 0});
+    what.steps.push_back({.writer = column.writer, .page = page, .count = 4, .value = value, .variant = variant});
     // Once is all there is of these.
-    if (column.writer == Writer::remap || column.writer == Writer::replace) break;
+    if (column.writer == Writer::remap || column.writer == Writer::reset || column.writer == Writer::replace) break;
   }
   return what;
 }
@@ -108,6 +113,8 @@ public:
     return static_cast<unsigned>(reasons_.size());
   }
   void print() const {
+    if (reasons_.empty()) return;
+    std::printf("\nWhy pages are missed:\n\n");
     for (std::size_t i = 0; i < reasons_.size(); ++i)
       std::printf("%zu. %s\n", i + 1, to_string(reasons_[i]));
   }
@@ -120,9 +127,17 @@ struct Verdict {
   std::uint64_t unsound = 0;
   std::uint64_t unexplained = 0;
   std::uint64_t broken = 0; ///< Scenarios that could not be carried out as they are meant.
+  std::uint64_t missed = 0;
+
+  void add(const Verdict& other) {
+    unsound += other.unsound;
+    unexplained += other.unexplained;
+    broken += other.broken;
+    missed += other.missed;
+  }
 };
 
-/// What all tables of this run share.
+/// Of one table.
 struct Report {
   Oracle& oracle;
   bool has_swap = false;
@@ -142,6 +157,7 @@ std::string cell(Report& report, const Row& row, const Column& column, SurveyMod
     std::fprintf(stderr, "%s, %s: %s\n", row.name, column.name, problem.c_str());
   const auto writer = static_cast<unsigned>(column.writer);
   if (figures.done[writer] == 0 && total(figures.refused) > 0) return "–";
+  report.verdict.missed += figures.missed;
   const bool is_disk_file = is_private_file(row.spec.memory) || row.spec.memory == Memory::shared_file;
   if (column.writer == Writer::page_out && !report.has_swap && !is_disk_file) return "–";
   std::string text = std::to_string(figures.unsound) + "/" + std::to_string(figures.missed);
@@ -169,11 +185,58 @@ void print_table(Report& report, SurveyMode mode) {
   }
 }
 
+/// Why there is no table of the mode here; nothing when there is one.
+std::string obstacle(SurveyMode mode, bool has_vcpus) {
+  if (mode == SurveyMode::dirty_log && !has_vcpus) return "no usable KVM";
+  // Asynchronous write protection came with the same release.
+  if (mode == SurveyMode::write_watch && !kernel_facts().page_map_scan) return "Linux before 6.7";
+  return {};
+}
+
+/// What the mode does, in a sentence.
+const char* explanation(SurveyMode mode) {
+  switch (mode) {
+  case SurveyMode::newest:
+    return "The kernel's books, by the newest interfaces that this kernel has.";
+  case SurveyMode::legacy:
+    return "The kernel's books, by what kernels before 6.5 have.";
+  case SurveyMode::content_check:
+    return "Touched pages are read, where that brings nothing in.";
+  case SurveyMode::write_watch:
+    return "Every region that can be watched is, from after it was populated; a dash also where the writer would break "
+           "the promise that shared memory is written through this mapping alone.";
+  case SurveyMode::dirty_log:
+    return "KVM's dirty log and the record of the accessors are complete; a dash also where the writer would break "
+           "that "
+           "promise.";
+  }
+  return "";
+}
+
+/// "newest,dirty-log" and the like; nothing when a word is none.
+std::optional<std::vector<SurveyMode>> modes_of(std::string_view list) {
+  std::vector<SurveyMode> modes;
+  for (;;) {
+    const std::size_t comma = list.find(',');
+    const auto mode = mode_of(list.substr(0, comma));
+    if (!mode) return std::nullopt;
+    modes.push_back(*mode);
+    if (comma == std::string_view::npos) return modes;
+    list.remove_prefix(comma + 1);
+  }
+}
+
 } // namespace
 
 int main(int count, char** words) {
-  if (count > 2 || (count == 2 && *words[1] != 0)) {
-    std::fputs("cppvmm-evidence-table: a Markdown table of kinds of memory and writers, on this kernel. No options.\n"
+  std::optional<std::vector<SurveyMode>> modes = modes_of("newest,legacy,content-check,write-watch,dirty-log");
+  if (count == 3 && std::string_view(words[1]) == "--modes")
+    modes = modes_of(words[2]);
+  else if (count > 2 || (count == 2 && *words[1] != 0))
+    modes.reset();
+  if (!modes) {
+    std::fputs("cppvmm-evidence-table [--modes MODE,...]: Markdown tables of kinds of memory and writers, on this\n"
+               "kernel, one for each mode: newest, legacy, content-check, write-watch, dirty-log. Default: all.\n"
                "Exit status: 0 when nothing was unsound, nothing missed without a reason, and every scenario ran.\n",
                stderr);
     return 2;
@@ -186,7 +249,8 @@ int main(int count, char** words) {
     return 1;
   }
   std::vector<std::string> lacking;
-  if (const auto vcpu = oracle->add_vcpu(); !vcpu) lacking.push_back("vCPUs: " + vcpu.error());
+  const auto vcpu = oracle->add_vcpu();
+  if (!vcpu) lacking.push_back("vCPUs: " + vcpu.error());
   const auto pool = HugePool::take(24);
   if (!pool) lacking.push_back("huge pages: " + pool.error());
   const auto swap = SwapSpace::take();
@@ -198,14 +262,23 @@ int main(int count, char** words) {
       pages);
   for (const std::string& line : lacking)
     std::printf("Without %s.\n", line.c_str());
-  Report report{.oracle = *oracle, .has_swap = swap.has_value()};
-  const Verdict& verdict = report.verdict;
-  for (unsigned mode = 0; mode < survey_modes; ++mode) {
-    std::printf("\n### %s survey\n\n", to_string(static_cast<SurveyMode>(mode)));
-    print_table(report, static_cast<SurveyMode>(mode));
+  Verdict verdict;
+  for (const SurveyMode mode : *modes) {
+    std::printf("\n### %s\n\n", to_string(mode));
+    if (const std::string why = obstacle(mode, vcpu.has_value()); !why.empty()) {
+      std::printf("Not here: %s.\n", why.c_str());
+      continue;
+    }
+    std::printf("%s\n\n", explanation(mode));
+    Report report{.oracle = *oracle, .has_swap = swap.has_value()};
+    print_table(report, mode);
+    report.notes.print();
+    std::printf("\n%s: unsound %llu, missed %llu, of them without a reason %llu\n", to_string(mode),
+                static_cast<unsigned long long>(report.verdict.unsound),
+                static_cast<unsigned long long>(report.verdict.missed),
+                static_cast<unsigned long long>(report.verdict.unexplained));
+    verdict.add(report.verdict);
   }
-  std::printf("\nWhy pages are missed:\n\n");
-  report.notes.print();
   std::printf("\nunsound %llu, missed without a reason %llu\n", static_cast<unsigned long long>(verdict.unsound),
               static_cast<unsigned long long>(verdict.unexplained));
   return verdict.unsound + verdict.unexplained + verdict.broken == 0 ? 0 : 1;
