@@ -247,6 +247,16 @@ MemoryResult<Discarded> GuestMemory::discard(const PageSet& pages) {
   if (done && snapshot() == map)
     for (const PageRange& range : pages.ranges())
       state_->marks.clear(range);
+  if (done)
+    for (const auto& watch : state_->known_writes().watches) {
+      PageSet watched = pages;
+      watched.intersect(PageSet(watch->region().pages()));
+      // Of a region that the map had: another one in its place has a watch of its own.
+      if (const Region* region = map->find(watch->region().start()); region == nullptr || *region != watch->region())
+        continue;
+      for (const PageRange& range : watched.ranges())
+        watch->forget(range);
+    }
   return done;
 }
 

@@ -34,6 +34,9 @@ public:
   void set_baseline(ExtentList data) { baseline_ = std::move(data); }
   /// The baseline, and every page that was not seen to be unwritten since.
   [[nodiscard]] MemoryResult<std::vector<ExtentList>> may_hold_data() const;
+  /// Takes the protection off pages of the region that were discarded: of hugetlb memory it outlives them, as an entry
+  /// that evidence takes for a page. They count as written from then on.
+  void forget(PageRange pages) const;
 
 private:
   WriteWatch(Region region, int descriptor) : region_(std::move(region)), descriptor_(descriptor), process_(getpid()) {}

@@ -36,13 +36,14 @@ static std::unexpected<MemoryError> refuse(MemoryErrc code, const Region& region
                                      .operation = operation});
 }
 
-/// Protects in steps, so that no single call holds the address space's lock for long.
-static int protect(int descriptor, std::uint64_t start, std::uint64_t bytes) {
+/// Protects (or ends that, without the mode) in steps, so that no single call holds the address space's lock for long.
+static int protect(int descriptor, std::uint64_t start, std::uint64_t bytes,
+                   std::uint64_t mode = UFFDIO_WRITEPROTECT_MODE_WP) {
   constexpr std::uint64_t step = std::uint64_t{1} << 30;
   for (std::uint64_t done = 0; done < bytes;) {
     uffdio_writeprotect request{};
     request.range = {.start = start + done, .len = std::min(step, bytes - done)};
-    request.mode = UFFDIO_WRITEPROTECT_MODE_WP;
+    request.mode = mode;
     if (ioctl(descriptor, UFFDIO_WRITEPROTECT, &request) != 0) {
       if (errno == EINTR || errno == EAGAIN) continue;
       return errno;
@@ -85,6 +86,21 @@ WriteWatch::~WriteWatch() {
     static_cast<void>(ioctl(descriptor_, UFFDIO_UNREGISTER, &range));
   }
   close(descriptor_);
+}
+
+void WriteWatch::forget(PageRange pages) const {
+  if (region_.backing() != Backing::hugetlb && region_.backing() != Backing::hugetlb_memfd) return;
+  const auto host = reinterpret_cast<std::uintptr_t>(region_.host_address());
+  const std::uint64_t from = host + (pages.first().value() - region_.pages().first().value()) * page_size;
+  const std::uint64_t to = from + pages.bytes();
+  // Whole huge pages are what was discarded, and what the call takes: which size they are of, it says by refusing.
+  for (const HugePageSize size : {HugePageSize::two_mib, HugePageSize::one_gib}) {
+    const auto unit = static_cast<std::uint64_t>(size);
+    const std::uint64_t first = (from + unit - 1) / unit * unit;
+    const std::uint64_t end = to / unit * unit;
+    // What stays protected makes the answer smaller, no more.
+    if (first >= end || protect(descriptor_, first, end - first, 0) == 0) return;
+  }
 }
 
 MemoryResult<std::vector<ExtentList>> WriteWatch::may_hold_data() const {

@@ -14,6 +14,9 @@
 #include <sys/wait.h>
 #include <unistd.h>
 #include <vector>
+
+#include "support/huge_pages.hpp"
+
 import cppvmm.guest_memory;
 
 // What was written to memory that is all present: by a watch of the page tables, and by a log with a record of the
@@ -255,6 +258,34 @@ TEST(WriteWatch, SeesPagesWithinAHugePage) {
   EXPECT_FALSE(survey.zeroed.contains(PageNumber(7)));
   EXPECT_FALSE(survey.zeroed.contains(PageNumber(700)));
   EXPECT_GE(survey.zeroed.page_count(), 510U);
+}
+
+class WriteWatchOfHugePages : public test::HugePagesTest {};
+
+// The protection of a huge page outlives it, as an entry that looks like a page.
+TEST_F(WriteWatchOfHugePages, ForgetsThoseThatAreDiscarded) {
+  constexpr std::uint64_t huge = 512 * page_size;
+  for (const bool is_shared : {false, true}) {
+    const Region region = is_shared ? *Region::hugetlb_memfd(GuestAddress(0), 4 * huge, HugePageSize::two_mib)
+                                    : *Region::hugetlb(GuestAddress(0), 4 * huge, HugePageSize::two_mib);
+    auto* const host = static_cast<volatile std::byte*>(region.host_address());
+    GuestMemory memory(*MemoryMap::make({region}));
+    host[huge] = std::byte{1};
+    host[2 * huge] = std::byte{1};
+    const auto armed = memory.arm_write_watch(GuestAddress(0), {.written_through_this_mapping_only = true});
+    if (!armed && armed.error().code == MemoryErrc::unavailable) GTEST_SKIP() << no_watch;
+    ASSERT_TRUE(armed) << armed.error().message();
+    ASSERT_EQ(memory.survey().touched, each({512, 1024}));
+    // From within a huge page that is not there.
+    const auto done = memory.discard(pages(511, 513));
+    ASSERT_TRUE(done) << done.error().message();
+    if (done->cleared_pages > 0) GTEST_SKIP() << "this kernel clears huge pages in place of discarding them";
+    EXPECT_EQ(memory.survey().touched, each({1024})) << (is_shared ? "shared" : "private");
+    EXPECT_TRUE(host[huge] == std::byte{0}); // which brings a page that is not watched
+    host[2 * huge + 5 * page_size] = std::byte{1};
+    PageSet touched(pages(512, 1024));
+    EXPECT_EQ(memory.survey().touched, touched);
+  }
 }
 
 TEST(WriteWatch, IsNotForFiles) {
