@@ -45,7 +45,8 @@ const char* to_string(Reason reason) {
       "the page holds the answer",
       "the page is in a range that is smaller than the 255 largest",
       "the page is swapped out, or is of a disk's file and not mapped, so that its content was not looked at",
-      "huge pages of the pool were discarded while they were watched: what protected them stays in the page tables, "
+      "huge pages of the pool were discarded by madvise or fallocate while they were watched: what protected them "
+      "stays in the page tables, "
       "and "
       "looks like a page"};
   return words[static_cast<unsigned>(reason) % reason_kinds];
@@ -288,8 +289,8 @@ void LiveRegion::touched(std::uint32_t page, std::uint32_t count, Reason why) {
     if (reasons_[at - base] == Reason::none) reasons_[at - base] = Reason::huge_page;
 }
 
-void LiveRegion::discarded(std::uint32_t page, std::uint32_t count) {
-  const bool is_left = proof_ == Proof::watch && is_hugetlb(spec_.memory);
+void LiveRegion::discarded(std::uint32_t page, std::uint32_t count, bool by_library) {
+  const bool is_left = proof_ == Proof::watch && is_hugetlb(spec_.memory) && !by_library;
   facts.protection_left = facts.protection_left || is_left;
   for (std::uint32_t at = page; at < page + count; ++at) {
     contents_[at] = file_contents_[at];
@@ -306,7 +307,7 @@ void LiveRegion::discarded_by_library(std::uint32_t page, std::uint32_t count, b
     facts.replaced = true;
     std::fill_n(file_contents_.begin() + page, count, Content::zero);
   }
-  discarded(page, count);
+  discarded(page, count, true);
   if (may_be_cleared) touched(page, count, Reason::written);
 }
 

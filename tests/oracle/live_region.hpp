@@ -29,7 +29,7 @@ enum class Reason : std::uint8_t {
   output_page,     ///< Holds the answer.
   beyond_255,      ///< In a range that is smaller than the 255 largest.
   absent,          ///< Its content could not be read: swapped out, or of a disk's file and not mapped.
-  protection_left, ///< A watched huge page of the pool was discarded: what protected it stays in the page tables.
+  protection_left, ///< A watched huge page of the pool was discarded by the embedder: its protection stays.
 };
 inline constexpr unsigned reason_kinds = 13;
 [[nodiscard]] const char* to_string(Reason reason);
@@ -85,7 +85,7 @@ public:
   void wrote(std::uint32_t page, std::uint32_t count, Content content);
   void touched(std::uint32_t page, std::uint32_t count, Reason why);
   /// Discarded: what the file holds, or nothing.
-  void discarded(std::uint32_t page, std::uint32_t count);
+  void discarded(std::uint32_t page, std::uint32_t count, bool by_library = false);
   /// By the library, which sees to it that a file's data does not come back. Of `may_be_cleared` pages some still have
   /// memory, with zeros in it.
   void discarded_by_library(std::uint32_t page, std::uint32_t count, bool may_be_cleared);

@@ -645,7 +645,11 @@ private:
                          static_cast<off_t>(live.file_offset() + page * page_size), static_cast<off_t>(bytes));
     else
       result = madvise(start, bytes, is_shared(memory) ? MADV_REMOVE : MADV_DONTNEED);
-    if (result != 0) return false; // locked memory, most often
+    if (result != 0) { // locked memory, most often
+      // What took the place of a file's pages is not locked, and is gone by then.
+      if (live.facts.replaced) live.freed(page, count);
+      return false;
+    }
     live.discarded(page, count);
     return true;
   }
