@@ -43,6 +43,7 @@ private:
 
   Region region_;
   int descriptor_;
+  bool is_registered_ = false;
   pid_t process_; // whose memory it is
   ExtentList baseline_;
 };

@@ -72,6 +72,7 @@ MemoryResult<std::unique_ptr<WriteWatch>> WriteWatch::arm(const Region& region, 
   if (ioctl(descriptor, UFFDIO_REGISTER, &request) != 0)
     return refuse(errno == EBUSY ? MemoryErrc::invalid_argument : MemoryErrc::os, region,
                   "UFFDIO_REGISTER of memory to watch", errno);
+  watch->is_registered_ = true;
   for (const Extent& extent : pages)
     if (const int error = protect(descriptor, start + extent.first * page_size, extent.count * page_size))
       return refuse(MemoryErrc::os, region, "UFFDIO_WRITEPROTECT of memory to watch", error);
@@ -80,8 +81,9 @@ MemoryResult<std::unique_ptr<WriteWatch>> WriteWatch::arm(const Region& region, 
 
 WriteWatch::~WriteWatch() {
   // Closing alone ends nothing while a forked child has the descriptor too, and leaves pages protected before Linux
-  // 6.10. Where it fails, closing is what is left. In a child, the descriptor is of the parent's memory.
-  if (getpid() == process_) {
+  // 6.10. Where it fails, closing is what is left. In a child, the descriptor is of the parent's memory. And memory
+  // that is another's to watch or to fill must stay so: before Linux 6.17, any userfaultfd could unregister it.
+  if (is_registered_ && getpid() == process_) {
     uffdio_range range{.start = reinterpret_cast<std::uintptr_t>(region_.host_address()), .len = region_.bytes()};
     static_cast<void>(ioctl(descriptor_, UFFDIO_UNREGISTER, &range));
   }

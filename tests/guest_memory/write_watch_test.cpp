@@ -151,6 +151,16 @@ TEST_P(WriteWatchOf, SurvivesBeingPagedOut) {
   EXPECT_EQ(survey.zeroed.page_count(), region_pages - 3);
 }
 
+TEST_P(WriteWatchOf, SurvivesALookAtTheContent) {
+  if (!arm()) GTEST_SKIP() << no_watch;
+  *host(0x200) = std::byte{0};
+  SurveyOptions options;
+  options.content_check.emplace();
+  EXPECT_EQ(memory.survey(options).touched, each({0x110, 0x4FF})) << "what was written with zeros reads zero";
+  *host(0x201) = std::byte{1};
+  expect_touched({0x110, 0x200, 0x201, 0x4FF});
+}
+
 TEST_P(WriteWatchOf, OfSharedMemoryNeedsAPromise) {
   const auto armed = memory.arm_write_watch(start);
   if (GetParam() == Backing::anonymous) {
