@@ -38,8 +38,9 @@ export [[nodiscard]] bool is_supported(ZeroScan scan);
 ///
 /// What is promised: of private memory (anonymous, hugetlb, private files), on Linux 6.7 and later and where no write
 /// watch is armed, the pages are write-protected while they are read, and a page that was written meanwhile is not
-/// found zero: each page found zero was so as a whole at a moment during the call (ContentCheckReport::is_watched).
-/// That costs the guest a fault at its next store to each page that was looked at.
+/// found zero: each page found zero was so as a whole at a moment during the call (ContentCheckReport::is_watched). Not
+/// seen are writes to pages that were pinned before (device DMA, io_uring's fixed buffers): of these, what holds below,
+/// with one pass either way. That costs the guest a fault at its next store to each page that was looked at.
 ///
 /// Elsewhere, every page found zero had each of its words read as zero during the call, four times in ascending and
 /// four times in descending order (pages that are not mapped in this process: eight times in ascending order, by

@@ -26,14 +26,16 @@ export struct WriteWatchOptions {
   /// process's pointers, system calls and vCPUs. No other process writes it, nobody uses write(2) on its file or a
   /// second mapping of it, and no device writes by DMA to pages that were pinned before the watch was armed (pinning
   /// them later counts as a write). Shared memory is not watched without it; of private memory, only the DMA is left to
-  /// promise.
+  /// promise. Nor may anyone protect pages anew behind the watch (PAGEMAP_SCAN with PM_SCAN_WP_MATCHING): what was
+  /// written before would pass for unwritten.
   bool written_through_this_mapping_only = false;
 };
 
 /// A log of writes that someone else keeps, such as KVM's dirty log (cppvmm.hv_ext's DirtyLog).
 export struct WriteLog {
   /// Sets bit i % 64 of word i / 64 for each page `pages.first() + i` that was written since it was asked last (pages
-  /// reported before may be left out or repeated), leaves all other bits as they are. Called for one region of RAM at a
+  /// reported before may be left out or repeated), leaves all other bits as they are. Of a log that is to be complete,
+  /// each write that was made before the call has to be among them. Called for one region of RAM at a
   /// time, by one thread at a time. After an error the region's log counts for nothing any more.
   std::function<MemoryResult<void>(PageRange pages, std::span<std::uint64_t> bitmap)> collect;
   /// Who writes what the log shows.
@@ -45,7 +47,8 @@ export struct WriteLogOptions {
   Baseline baseline = Baseline::content;
   /// The embedder's promise that, while the log is kept, every write to RAM is in it or goes through the accessors of
   /// MemoryMap and GuestMemory (which are recorded): no pointers of the VMM's, no system calls that write guest memory,
-  /// no other processes, no device DMA. With it the log proves pages zero; without it, it only tells who wrote.
+  /// no other processes, no device DMA, no vhost in the kernel (which keeps a log of its own). With it the log proves
+  /// pages zero; without it, it only tells who wrote.
   bool complete = false;
 };
 

@@ -13,6 +13,12 @@ namespace cppvmm {
 /// pages into the guest). So surveys know which pages the guest wrote; and with WriteLogOptions::complete, of memory
 /// that is present as a whole (hugetlb, populated, locked), which pages are zero still.
 ///
+/// KVM's log lags behind vCPUs that are in the guest. Processors that log by themselves (Intel's page modification
+/// logging) hand their stores over when the vCPU leaves the guest, which KVM asks for without waiting
+/// (kvm_arch_sync_dirty_log in arch/x86/kvm/x86.c); and a page whose protection KVM lifts without its lock is logged
+/// just after (fast_page_fault in arch/x86/kvm/mmu/mmu.c). So declare the log complete only where no other vCPU is in
+/// the guest while a survey is made: they have not started yet, or the VMM keeps them out of KVM_RUN.
+///
 /// To be had until the answer that matters was given: start it before the vCPUs run, stop it in
 /// HvOptions::on_boot_zeroed. What it costs until then is a fault at the guest's first store to each page, and at the
 /// first after each survey.
