@@ -64,6 +64,10 @@ public:
   /// fault at the first write to each page (in a huge page: of the host's page tables, to 4 KiB). Lasts until disarmed,
   /// or until the map no longer has the region. Waits for a survey that looks at the content of a region.
   ///
+  /// Huge pages of the pool are discarded through this object meanwhile: after an madvise or fallocate of the
+  /// embedder's own, their protection stays behind, and counts as a page (of shared ones, all that was not in memory
+  /// when the watch was armed then counts as touched).
+  ///
   /// Errors: not_backed and read_only; invalid_argument for shared memory without the promise in `options`, for memory
   /// that is watched already or registered with another userfaultfd; unavailable for files, memory of unknown nature,
   /// and on kernels without it; wrong_nature; os.

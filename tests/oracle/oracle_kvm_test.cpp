@@ -16,7 +16,7 @@ TEST(Oracle, FindsEveryAnswerSoundAndCompleteWithVcpus) {
   auto oracle = Oracle::start();
   ASSERT_TRUE(oracle) << oracle.error();
   if (const auto added = oracle->add_vcpu(); !added) GTEST_SKIP() << "no usable KVM: " << added.error();
-  const Plan what = plan(700);
+  const Plan what = plan(500);
   std::cout << "seed " << what.seed << std::endl;
   const Session session = run_cases(*oracle, what, profile);
   std::cout << summary(session.figures) << std::flush;

@@ -42,18 +42,18 @@ bool files_fit() {
   return fit;
 }
 
-TEST(Oracle, FindsEveryAnswerSoundAndComplete) { expect_that_cases_hold(2500, {.files = files_fit()}); }
+TEST(Oracle, FindsEveryAnswerSoundAndComplete) { expect_that_cases_hold(1500, {.files = files_fit()}); }
 
 TEST(Oracle, FindsThemSoWithHugePages) {
   const auto pool = HugePool::take(64);
   if (!pool) GTEST_SKIP() << pool.error();
-  expect_that_cases_hold(500, {.huge_pages = true, .files = false});
+  expect_that_cases_hold(300, {.huge_pages = true, .files = false});
 }
 
 TEST(Oracle, FindsThemSoWithSwap) {
   const auto swap = SwapSpace::take();
   if (!swap) GTEST_SKIP() << swap.error();
-  expect_that_cases_hold(500, {.swap = true, .files = files_fit()});
+  expect_that_cases_hold(300, {.swap = true, .files = files_fit()});
 }
 
 } // namespace
