@@ -60,22 +60,29 @@ struct Tables {
 
 } // namespace
 
-std::vector<std::uint64_t> spread_pages(const Layout& layout, std::uint32_t count) {
+std::vector<zeroing::Pages> ram_ranges(std::uint64_t memory_bytes) {
+  const std::uint64_t low = std::min(memory_bytes, low_ram_end);
+  std::vector<zeroing::Pages> ram{{0, low / page_bytes}};
+  if (memory_bytes > low) ram.push_back({high_ram_start / page_bytes, (memory_bytes - low) / page_bytes});
+  return ram;
+}
+
+std::vector<std::uint64_t> spread_pages(std::span<const zeroing::Pages> ram, std::uint32_t count,
+                                        zeroing::Pages taken) {
   std::uint64_t ram_pages = 0;
-  for (const auto& ram : layout.ram)
-    ram_pages += ram.count;
-  const zeroing::Pages taken = layout.lives_in();
+  for (const auto& range : ram)
+    ram_pages += range.count;
   std::vector<std::uint64_t> pages;
   for (std::uint64_t i = 0; i < std::min<std::uint64_t>(count, ram_pages); ++i) {
     // In the middle of the i-th of `count` equal parts. Neither product overflows: both factors are below 2^35.
     std::uint64_t index = count < ram_pages ? (2 * i + 1) * ram_pages / (2 * std::uint64_t{count}) : i;
-    for (const auto& ram : layout.ram) {
-      if (index < ram.count) {
-        const std::uint64_t page = ram.first + index;
+    for (const auto& range : ram) {
+      if (index < range.count) {
+        const std::uint64_t page = range.first + index;
         if (page < taken.first || page - taken.first >= taken.count) pages.push_back(page);
         break;
       }
-      index -= ram.count;
+      index -= range.count;
     }
   }
   return pages;
@@ -86,13 +93,9 @@ std::span<const std::byte> zeroing_guest_image() { return {cppvmm_zeroing_image,
 std::expected<Layout, std::string> make_layout(std::uint64_t memory_bytes, std::uint32_t cpus,
                                                std::span<const std::byte> image) {
   Layout layout;
-  const std::uint64_t low = std::min(memory_bytes, low_ram_end);
-  layout.ram.push_back({0, low / page_bytes});
-  layout.end = low;
-  if (memory_bytes > low) {
-    layout.ram.push_back({high_ram_start / page_bytes, (memory_bytes - low) / page_bytes});
-    layout.end = high_ram_start + (memory_bytes - low);
-  }
+  layout.ram = ram_ranges(memory_bytes);
+  const std::uint64_t low = layout.ram.front().count * page_bytes;
+  layout.end = (layout.ram.back().first + layout.ram.back().count) * page_bytes;
 
   const Tables tables(layout.end);
   layout.boot_info = image_address + divide_up(image.size(), page_bytes) * page_bytes;

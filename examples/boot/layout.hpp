@@ -16,6 +16,9 @@ namespace cppvmm::boot {
 inline constexpr std::uint64_t low_ram_end = std::uint64_t{3} << 30;
 inline constexpr std::uint64_t high_ram_start = std::uint64_t{4} << 30;
 
+/// `memory_bytes` (a multiple of 4 KiB, not 0) of RAM, ascending.
+[[nodiscard]] std::vector<zeroing::Pages> ram_ranges(std::uint64_t memory_bytes);
+
 struct Layout {
   std::vector<zeroing::Pages> ram; ///< Ascending.
   std::uint64_t boot_info = 0;     ///< Guest-physical addresses, all in the block below.
@@ -39,9 +42,9 @@ struct Layout {
 [[nodiscard]] std::expected<Layout, std::string> make_layout(std::uint64_t memory_bytes, std::uint32_t cpus,
                                                              std::span<const std::byte> image);
 
-/// Page numbers of `count` pages spread evenly over RAM; those that would fall into what the guest lives in are left
-/// out.
-[[nodiscard]] std::vector<std::uint64_t> spread_pages(const Layout& layout, std::uint32_t count);
+/// Page numbers of `count` pages spread evenly over `ram`; those that would fall into `taken` are left out.
+[[nodiscard]] std::vector<std::uint64_t> spread_pages(std::span<const zeroing::Pages> ram, std::uint32_t count,
+                                                      zeroing::Pages taken);
 
 /// The zeroing guest's image, which is part of this program.
 [[nodiscard]] std::span<const std::byte> zeroing_guest_image();

@@ -1,4 +1,4 @@
-// The machine that the zeroing guest runs on: memory, a VM, its vCPUs and what answers their exits.
+// The machine that every guest runs on: memory, a VM, Hyper-V's interface, the vCPUs and what answers their exits.
 #pragma once
 
 #include "options.hpp"
@@ -14,8 +14,8 @@ struct Failure {
   std::string text; ///< One line for a person.
 };
 
-/// Builds the machine, runs the guest to its end and collects the figures. Shows progress on standard error when that
-/// is a terminal or the run is long; SIGINT and SIGTERM end the run.
-[[nodiscard]] std::expected<RunFigures, Failure> run_zeroing_guest(const Options& options);
+/// Builds the machine, runs the guest to its end and collects the figures; SIGINT and SIGTERM end the run. Of the
+/// zeroing guest, shows the progress on standard error when that is a terminal or the run is long.
+[[nodiscard]] std::expected<RunFigures, Failure> run_guest(const Options& options);
 
 } // namespace cppvmm::boot

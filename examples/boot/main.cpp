@@ -44,7 +44,7 @@ std::string terminal_form(const Picture& picture) {
 }
 
 int run(const Options& options) {
-  const auto ran = run_zeroing_guest(options);
+  const auto ran = run_guest(options);
   if (!ran) return complain(ran.error().text, ran.error().status);
   const RunFigures& figures = *ran;
 

@@ -114,10 +114,10 @@ Result<std::shared_ptr<int>> hidden_file(const Region& region) {
 
 } // namespace
 
-std::expected<Ram, std::string> make_ram(const Options& options, const Layout& layout) {
+std::expected<Ram, std::string> make_ram(const Options& options, std::span<const zeroing::Pages> ranges) {
   Ram ram;
   std::vector<Region> regions;
-  for (const auto& range : layout.ram) {
+  for (const auto& range : ranges) {
     auto region = make_region(options, GuestAddress(range.first * page_size), range.count * page_size, ram);
     if (!region) return std::unexpected(std::move(region.error()));
     regions.push_back(std::move(*region));

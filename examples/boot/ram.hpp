@@ -2,11 +2,12 @@
 #pragma once
 
 #include "audit.hpp"
-#include "layout.hpp"
 #include "options.hpp"
+#include "tests/guests/zeroing/abi.hpp"
 
 #include <expected>
 #include <memory>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -24,9 +25,9 @@ struct Ram {
   std::vector<std::shared_ptr<OwnMapping>> mappings;
 };
 
-/// Makes the RAM that `layout` lists: of the kind, populated, and with huge pages or without, as `options` say. Files
-/// are made in $TMPDIR, else /var/tmp, and have no name. An error is one line for a person.
-[[nodiscard]] std::expected<Ram, std::string> make_ram(const Options& options, const Layout& layout);
+/// Makes a region of RAM for each of `ranges`: of the kind, populated, and with huge pages or without, as `options`
+/// say. Files are made in $TMPDIR, else /var/tmp, and have no name. An error is one line for a person.
+[[nodiscard]] std::expected<Ram, std::string> make_ram(const Options& options, std::span<const zeroing::Pages> ranges);
 
 /// RAM as the audit reads it, with descriptors that it needs and the map does not have.
 struct AuditedRam {

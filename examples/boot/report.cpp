@@ -25,7 +25,8 @@ constexpr std::array<std::pair<zeroing::Seen, const char*>, 8> seen_words = {{
 
 /// The guest's own account: what it says, not what is known of it.
 Json guest_json(const RunFigures& figures) {
-  const zeroing::Report& guest = figures.guest;
+  if (!figures.guest) return {};
+  const zeroing::Report& guest = *figures.guest;
   const auto if_seen = [&](zeroing::Seen bit, std::uint64_t value) {
     return (guest.seen & bit) != 0 ? Json(value) : Json();
   };
@@ -145,7 +146,7 @@ std::string to_json(const RunFigures& figures) {
       {"audit_ms", answer && answer->audit ? Json(answer->audit_ms) : Json()},
       {"survey_us", answer ? Json(answer->survey_us) : Json()},
       {"regions", answer ? regions_json(*answer) : Json::array()},
-      {"guest_zeroed_pages", figures.guest.zeroed_pages},
+      {"guest_zeroed_pages", figures.guest ? Json(figures.guest->zeroed_pages) : Json()},
       {"guest", guest_json(figures)},
       {"nonzero_pages_at_end", number_or_null(figures.nonzero_pages_at_end)},
       {"host_resident_bytes", figures.host_resident_bytes},
@@ -179,8 +180,8 @@ std::string to_text(const RunFigures& figures) {
     if (answer.transparent_huge_bytes && *answer.transparent_huge_bytes != 0)
       text += " (" + mebibytes(*answer.transparent_huge_bytes) + " are in huge pages)";
   }
-  text += "\nguest       zeroed " + share(figures.guest.zeroed_pages, figures.ram_pages) + "\nhost        " +
-          mebibytes(figures.host_resident_bytes) + " resident at the end\nticks      ";
+  if (figures.guest) text += "\nguest       zeroed " + share(figures.guest->zeroed_pages, figures.ram_pages);
+  text += "\nhost        " + mebibytes(figures.host_resident_bytes) + " resident at the end\nticks      ";
   for (const auto& vcpu : figures.vcpu_ticks)
     text += vcpu ? " " + std::to_string(vcpu->user) + "+" + std::to_string(vcpu->system) : " unknown";
   text += " (user+system, by vCPU, " + std::to_string(figures.ticks_per_second) + " a second), " +

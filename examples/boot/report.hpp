@@ -82,8 +82,8 @@ struct RunFigures {
   Hypercalls transport = Hypercalls::off; ///< Never automatic.
   CallFigures calls;
   std::uint64_t ram_pages = 0;
-  std::optional<AnswerFigures> answer; ///< The last one, if the guest asked.
-  zeroing::Report guest{};
+  std::optional<AnswerFigures> answer;  ///< The last one, if the guest asked.
+  std::optional<zeroing::Report> guest; ///< Of the zeroing guest.
   /// At the end, pages with data outside what the guest lives in, where it was to find or make all zero: there must be
   /// none. With the audit only.
   std::optional<std::uint64_t> nonzero_pages_at_end;

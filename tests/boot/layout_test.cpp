@@ -93,7 +93,7 @@ INSTANTIATE_TEST_SUITE_P(Memory, LayoutOf,
 TEST(Layout, SpreadsPagesOverRamAroundWhatTheGuestLivesIn) {
   const auto layout = make_layout(5 * gibi, 1, zeroing_guest_image());
   ASSERT_TRUE(layout) << layout.error();
-  const auto pages = spread_pages(*layout, 1000);
+  const auto pages = spread_pages(layout->ram, 1000, layout->lives_in());
   EXPECT_GE(pages.size(), 999U);
   EXPECT_TRUE(std::ranges::is_sorted(pages, std::less_equal<>())) << "none twice";
   EXPECT_LT(pages.front() * 4096, 5 * gibi / 1000);
@@ -102,12 +102,12 @@ TEST(Layout, SpreadsPagesOverRamAroundWhatTheGuestLivesIn) {
     EXPECT_FALSE(page * 4096 >= low_ram_end && page * 4096 < high_ram_start) << page;
 
   const auto small = make_layout(4 * mebi, 1, zeroing_guest_image());
-  const auto all = spread_pages(*small, 1'000'000);
+  const auto all = spread_pages(small->ram, 1'000'000, small->lives_in());
   EXPECT_EQ(all.size(), 1024 - small->lives_in().count);
   EXPECT_TRUE(std::ranges::none_of(all, [&](auto page) {
     return page >= small->lives_in().first && page < small->lives_in().first + small->lives_in().count;
   }));
-  EXPECT_TRUE(spread_pages(*small, 0).empty());
+  EXPECT_TRUE(spread_pages(small->ram, 0, small->lives_in()).empty());
 }
 
 TEST(Layout, RefusesMemoryThatTheGuestDoesNotFitIn) {

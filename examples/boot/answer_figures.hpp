@@ -1,0 +1,20 @@
+// An answer and its survey as figures. Include it after all other headers: it imports modules.
+#pragma once
+
+#include "memory_picture.hpp"
+#include "report.hpp"
+
+#include <vector>
+
+import cppvmm.guest_memory;
+import cppvmm.hv_ext;
+
+namespace cppvmm::boot {
+
+/// All but what only a look at the memory tells.
+[[nodiscard]] AnswerFigures describe(const BootZeroedAnswer& answer);
+
+/// All RAM, by what the survey knows of it.
+[[nodiscard]] std::vector<PictureRange> picture_of(const Survey& survey);
+
+} // namespace cppvmm::boot
