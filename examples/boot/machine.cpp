@@ -23,6 +23,7 @@
 
 #include "answer_figures.hpp"
 #include "guest.hpp"
+#include "linux_guest.hpp"
 #include "ram.hpp"
 #include "zeroing_guest.hpp"
 
@@ -140,7 +141,7 @@ public:
   Result<void> build() {
     auto kvm = Kvm::open(options_.kvm_device.c_str());
     if (!kvm) return failure(explain_open(options_.kvm_device, kvm.error()));
-    auto guest = make_zeroing_guest(options_);
+    auto guest = options_.kernel.empty() ? make_zeroing_guest(options_) : make_linux_guest(options_);
     if (!guest) return std::unexpected(std::move(guest.error()));
     guest_ = std::move(*guest);
     auto cpuid = kvm->supported_cpuid();

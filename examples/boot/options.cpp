@@ -91,8 +91,10 @@ std::expected<Options, EarlyExit> parse_options(int argc, const char* const* arg
   std::string huge_pages = "system";
   std::string guest = "zeroing";
 
-  CLI::App app("Boots a guest on KVM that wants its memory zeroed, and tells it which memory is zero already.",
-               "cppvmm-boot");
+  CLI::App app(
+      "Boots a guest on KVM, and tells it which of its memory is zero already when it asks. The guest is one that "
+      "wants its memory zeroed, or Linux with its console on this terminal, which runs until it is reset.",
+      "cppvmm-boot");
   app.add_option("--memory", memory, "Guest RAM, e.g. 64M or 1G; above 3G the rest starts at 4G")
       ->capture_default_str()
       ->type_name("SIZE")
@@ -114,10 +116,19 @@ std::expected<Options, EarlyExit> parse_options(int argc, const char* const* arg
       ->capture_default_str()
       ->type_name("WAY")
       ->check(one_of(transports));
-  app.add_option("--guest", guest, "The guest program: zeroing (zeroes all memory that it is not told to be zero)")
+  auto* const own_guest =
+      app.add_option("--guest", guest, "The guest program: zeroing (zeroes all memory that it is not told to be zero)")
+          ->capture_default_str()
+          ->type_name("NAME")
+          ->check(CLI::IsMember({"zeroing"}));
+  auto* const kernel = app.add_option("--kernel", options.kernel, "Boot this Linux kernel instead: a bzImage, x86-64")
+                           ->type_name("BZIMAGE")
+                           ->excludes(own_guest);
+  app.add_option("--initrd", options.initrd, "The kernel's initial file system")->type_name("FILE")->needs(kernel);
+  app.add_option("--append", options.append, "The kernel's command line")
       ->capture_default_str()
-      ->type_name("NAME")
-      ->check(CLI::IsMember({"zeroing"}));
+      ->type_name("TEXT")
+      ->needs(kernel);
   app.add_option("--thp", huge_pages,
                  "Transparent huge pages: system (as the host has it), never, always, after-answer (from the first "
                  "answer on)")

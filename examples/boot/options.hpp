@@ -33,9 +33,12 @@ struct Options {
   bool dirty_log = false;     ///< Until the first answer.
   bool content_check = false; ///< In each survey.
   bool audit = false;
-  std::uint32_t leftovers = 0; ///< Pages with data in them before the guest starts.
-  std::string json;            ///< Where the JSON goes; empty: nowhere, "-": standard output.
-  std::string map;             ///< Where the picture of guest memory goes, as SVG; empty: nowhere.
+  std::uint32_t leftovers = 0;                   ///< Pages with data in them before the guest starts.
+  std::string kernel;                            ///< A Linux kernel to boot; empty: the zeroing guest.
+  std::string initrd;                            ///< Empty: none.
+  std::string append = "console=ttyS0 panic=-1"; ///< The kernel's command line.
+  std::string json;                              ///< Where the JSON goes; empty: nowhere, "-": standard output.
+  std::string map;                               ///< Where the picture of guest memory goes, as SVG; empty: nowhere.
   std::string kvm_device = "/dev/kvm";
 };
 

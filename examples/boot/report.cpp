@@ -134,6 +134,7 @@ std::string to_json(const RunFigures& figures) {
       {"content_check", figures.options.content_check},
       {"hypercalls", to_string(figures.transport)},
       {"kernel_release", figures.kernel_release},
+      {"kernel", figures.options.kernel.empty() ? Json() : Json(figures.options.kernel)},
       {"calls", calls},
       {"ranges", std::move(ranges)},
       {"ram_pages", figures.ram_pages},

@@ -63,6 +63,10 @@ TEST(BootOptions, AMistakeIsOneLineAndStatus2) {
       {"--backing", "paper"},
       {"--hypercalls", "maybe"},
       {"--guest", "windows"},
+      {"--guest", "zeroing", "--kernel", "bzImage"},
+      {"--kernel"},
+      {"--initrd", "initrd"},
+      {"--append", "quiet"},
       {"--unknown"},
       {"stray"},
       {"--memory"},
@@ -80,12 +84,25 @@ TEST(BootOptions, AMistakeIsOneLineAndStatus2) {
   }
 }
 
+TEST(BootOptions, AKernelIsBootedWithItsInitrdAndCommandLine) {
+  const auto plain = parse({"--kernel", "bzImage"});
+  ASSERT_TRUE(plain) << plain.error().text;
+  EXPECT_EQ(plain->kernel, "bzImage");
+  EXPECT_EQ(plain->initrd, "");
+  EXPECT_NE(plain->append.find("console=ttyS0"), std::string::npos) << "it is heard";
+  const auto full = parse({"--kernel", "bzImage", "--initrd", "initrd.gz", "--append", "quiet init=/bin/sh"});
+  ASSERT_TRUE(full) << full.error().text;
+  EXPECT_EQ(full->initrd, "initrd.gz");
+  EXPECT_EQ(full->append, "quiet init=/bin/sh");
+  EXPECT_EQ(parse({})->kernel, "");
+}
+
 TEST(BootOptions, HelpIsNoMistake) {
   const auto help = parse({"--help"});
   ASSERT_FALSE(help);
   EXPECT_EQ(help.error().status, 0);
-  for (const char* option :
-       {"--memory", "--cpus", "--backing", "--hypercalls", "--guest", "--audit", "--json", "--map"})
+  for (const char* option : {"--memory", "--cpus", "--backing", "--hypercalls", "--guest", "--kernel", "--initrd",
+                             "--append", "--audit", "--json", "--map"})
     EXPECT_NE(help.error().text.find(option), std::string::npos) << option;
 }
 
