@@ -35,8 +35,11 @@ std::string contents(int fd) {
 
 } // namespace
 
-Program::Program(std::string path, std::vector<std::string> arguments, Stderr kind)
+Program::Program(std::string path, std::vector<std::string> arguments, Stderr kind, Stdin input)
     : terminal_(kind == Stderr::terminal) {
+  int in[2] = {-1, -1};
+  if (input == Stdin::pipe) check(pipe2(in, O_CLOEXEC), "pipe2");
+  in_ = in[1];
   out_ = check(memfd_create("stdout", MFD_CLOEXEC), "memfd_create");
   int child_err = -1;
   if (terminal_) {
@@ -54,7 +57,10 @@ Program::Program(std::string path, std::vector<std::string> arguments, Stderr ki
 
   posix_spawn_file_actions_t actions;
   posix_spawn_file_actions_init(&actions);
-  posix_spawn_file_actions_addopen(&actions, STDIN_FILENO, "/dev/null", O_RDONLY, 0);
+  if (input == Stdin::pipe)
+    posix_spawn_file_actions_adddup2(&actions, in[0], STDIN_FILENO);
+  else
+    posix_spawn_file_actions_addopen(&actions, STDIN_FILENO, "/dev/null", O_RDONLY, 0);
   posix_spawn_file_actions_adddup2(&actions, out_, STDOUT_FILENO);
   posix_spawn_file_actions_adddup2(&actions, child_err, STDERR_FILENO);
   std::vector<char*> argv{path.data()};
@@ -64,6 +70,7 @@ Program::Program(std::string path, std::vector<std::string> arguments, Stderr ki
   const int error = posix_spawn(&pid_, path.c_str(), &actions, nullptr, argv.data(), environ);
   posix_spawn_file_actions_destroy(&actions);
   if (terminal_) close(child_err);
+  if (input == Stdin::pipe) close(in[0]);
   if (error != 0) throw std::system_error(error, std::generic_category(), path);
 }
 
@@ -72,8 +79,13 @@ Program::~Program() {
     kill(pid_, SIGKILL);
     waitpid(pid_, nullptr, 0);
   }
+  if (in_ >= 0) close(in_);
   close(out_);
   close(err_);
+}
+
+void Program::send(const std::string& text) {
+  check(static_cast<int>(write(in_, text.data(), text.size())), "write to standard input");
 }
 
 bool Program::read_terminal() {

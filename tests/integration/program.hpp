@@ -16,10 +16,14 @@ struct Ended {
 /// What standard error is to the program.
 enum class Stderr { file, terminal };
 
-/// A started program. Standard input is /dev/null.
+/// What standard input is to the program: /dev/null, or a pipe.
+enum class Stdin { nothing, pipe };
+
+/// A started program.
 class Program {
 public:
-  Program(std::string path, std::vector<std::string> arguments, Stderr kind = Stderr::file);
+  Program(std::string path, std::vector<std::string> arguments, Stderr kind = Stderr::file,
+          Stdin input = Stdin::nothing);
   Program(const Program&) = delete;
   Program& operator=(const Program&) = delete;
   /// Kills it if it still runs.
@@ -28,12 +32,15 @@ public:
   [[nodiscard]] pid_t pid() const { return pid_; }
   /// With a terminal: reads on until `text` was printed; false when the program ended before.
   [[nodiscard]] bool wait_for_stderr(const std::string& text);
+  /// Writes to its standard input, which is a pipe.
+  void send(const std::string& text);
   [[nodiscard]] Ended wait();
 
 private:
   bool read_terminal();
 
   pid_t pid_ = -1;
+  int in_ = -1;
   int out_ = -1;
   int err_ = -1;
   bool terminal_;

@@ -21,6 +21,9 @@ if [ ! -c /dev/kvm ]; then
   exit 1
 fi
 
+# The kernel that guests boot is the machine's own.
+if [ -e /vmlinuz ]; then export CPPVMM_LINUX=/vmlinuz; fi
+
 # The pool that hugetlb memory is taken from: 256 MiB and some.
 echo 160 >/proc/sys/vm/nr_hugepages
 for program in "$@"; do run "$program" timeout 3000 "/$program" --gtest_color=no; done

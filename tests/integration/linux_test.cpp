@@ -1,0 +1,195 @@
+// Kernels that nobody here wrote. CPPVMM_LINUX names a bzImage, as distributions have it; CPPVMM_BUSYBOX a busybox that
+// is linked statically (default: /bin/busybox), for the guest's programs.
+#include "program.hpp"
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdio>
+#include <cstdlib>
+#include <fcntl.h>
+#include <filesystem>
+#include <fstream>
+#include <gtest/gtest.h>
+#include <iterator>
+#include <nlohmann/json.hpp>
+#include <string>
+#include <string_view>
+#include <tuple>
+#include <unistd.h>
+#include <utility>
+#include <vector>
+
+namespace {
+
+using namespace cppvmm::testing;
+using nlohmann::json;
+
+std::string variable(const char* name, const char* otherwise) {
+  const char* value = std::getenv(name);
+  return value == nullptr || *value == '\0' ? otherwise : value;
+}
+
+std::string contents(const std::string& path) {
+  std::ifstream file(path, std::ios::binary);
+  return {std::istreambuf_iterator<char>(file), {}};
+}
+
+/// A file in the tests' folder, gone with the object.
+class File {
+public:
+  File(const std::string& name, std::string_view bytes)
+      : path_(std::filesystem::path(testing::TempDir()) / (name + "-" + std::to_string(getpid()))) {
+    std::ofstream(path_, std::ios::binary) << bytes;
+  }
+  File(const File&) = delete;
+  File& operator=(const File&) = delete;
+  ~File() { std::filesystem::remove(path_); }
+  [[nodiscard]] std::string path() const { return path_.string(); }
+
+private:
+  std::filesystem::path path_;
+};
+
+/// An entry of a cpio archive (Linux Documentation/driver-api/early-userspace/buffer-format.rst).
+std::string cpio_entry(std::string_view name, unsigned mode, std::string_view bytes) {
+  static unsigned inode = 0;
+  char head[112];
+  std::snprintf(head, sizeof head, "070701%08x%08x%08x%08x%08x%08x%08zx%08x%08x%08x%08x%08zx%08x", ++inode, mode, 0U,
+                0U, 1U, 0U, bytes.size(), 0U, 0U, 0U, 0U, name.size() + 1, 0U);
+  std::string entry = std::string(head) + std::string(name) + '\0';
+  entry.resize((entry.size() + 3) / 4 * 4);
+  entry += bytes;
+  entry.resize((entry.size() + 3) / 4 * 4);
+  return entry;
+}
+
+/// An initial file system with busybox and the script that is all of the guest's user space.
+std::string initial_file_system(std::string_view busybox, std::string_view init) {
+  std::string archive;
+  for (const char* folder : {"bin", "dev", "proc"})
+    archive += cpio_entry(folder, 0040755, {});
+  archive += cpio_entry("bin/busybox", 0100755, busybox);
+  archive += cpio_entry("init", 0100755, init);
+  return archive + cpio_entry("TRAILER!!!", 0, {});
+}
+
+class Linux : public testing::Test {
+protected:
+  void SetUp() override {
+    const int kvm = open("/dev/kvm", O_RDWR | O_CLOEXEC);
+    if (kvm < 0) GTEST_SKIP() << "/dev/kvm is not usable here";
+    close(kvm);
+  }
+};
+
+// What is wrong with each is known to boot_tests; this is how it is said.
+TEST_F(Linux, AnImageThatIsNoneIsOneLine) {
+  const File text("image", "This is not a kernel.\n");
+  const File empty("empty", "");
+  const std::vector<std::pair<std::string, std::string>> images = {
+      {text.path(), text.path() + " is too short for a Linux kernel"},
+      {empty.path(), empty.path() + " is empty"},
+      {CPPVMM_BOOT, CPPVMM_BOOT " is an ELF file: the bzImage is wanted, which distributions call vmlinuz"},
+      {"/", "/ is no file"},
+      {"/nonexistent/bzImage", "cannot open /nonexistent/bzImage: No such file or directory"},
+  };
+  for (const auto& [image, why] : images) {
+    const Ended ended = run_program(CPPVMM_BOOT, {"--kernel", image});
+    EXPECT_EQ(ended.status, 1);
+    EXPECT_EQ(ended.err, "cppvmm-boot: " + why + "\n");
+    EXPECT_EQ(ended.out, "");
+  }
+}
+
+/// Boots the kernel that CPPVMM_LINUX names.
+class LinuxBoots : public Linux {
+protected:
+  void SetUp() override {
+    Linux::SetUp();
+    if (IsSkipped()) return;
+    if (kernel.empty()) GTEST_SKIP() << "CPPVMM_LINUX names no kernel to boot";
+    if (!std::filesystem::exists(busybox)) GTEST_SKIP() << "CPPVMM_BUSYBOX: there is no " << busybox;
+  }
+
+  const std::string kernel = variable("CPPVMM_LINUX", "");
+  const std::string busybox = variable("CPPVMM_BUSYBOX", "/bin/busybox");
+};
+
+TEST_F(LinuxBoots, ATruncatedKernelIsOneLine) {
+  const std::string whole = contents(kernel);
+  const File half("half", std::string_view(whole).substr(0, whole.size() / 2));
+  const Ended ended = run_program(CPPVMM_BOOT, {"--kernel", half.path()});
+  EXPECT_EQ(ended.status, 1);
+  EXPECT_TRUE(ended.err.starts_with("cppvmm-boot: " + half.path() + " is truncated: it has ")) << ended.err;
+  EXPECT_EQ(std::ranges::count(ended.err, '\n'), 1) << ended.err;
+}
+
+TEST_F(LinuxBoots, AnInitrdThatIsNotThereIsOneLine) {
+  const Ended ended = run_program(CPPVMM_BOOT, {"--kernel", kernel, "--initrd", "/nonexistent/initrd"});
+  EXPECT_EQ(ended.status, 1);
+  EXPECT_EQ(ended.err, "cppvmm-boot: cannot open /nonexistent/initrd: No such file or directory\n");
+}
+
+TEST_F(LinuxBoots, MemoryThatItDoesNotFitInIsOneLine) {
+  const Ended ended = run_program(CPPVMM_BOOT, {"--kernel", kernel, "--memory", "8M"});
+  EXPECT_EQ(ended.status, 1);
+  EXPECT_TRUE(ended.err.starts_with("cppvmm-boot: --memory is too little: the kernel alone needs ")) << ended.err;
+}
+
+/// By transport, number of vCPUs, and how the guest resets the machine (Linux's parameter `reboot`).
+class LinuxAsks : public LinuxBoots,
+                  public testing::WithParamInterface<std::tuple<const char*, const char*, const char*>> {};
+
+TEST_P(LinuxAsks, FindsHyperVAndAsksForItsCapabilities) {
+  const auto& [transport, cpus, reset] = GetParam();
+  const File initrd("initrd", initial_file_system(contents(busybox), R"init(#!/bin/busybox sh
+busybox=/bin/busybox
+$busybox mount -t proc proc /proc
+echo "guest: processors $($busybox nproc)"
+echo "guest: memory $($busybox sed -n 's/^MemTotal: *//p' /proc/meminfo)"
+$busybox dmesg | $busybox sed -n 's/.*\(Hypervisor detected: .*\|Hyper-V: privilege .*\)/guest: \1/p'
+$busybox dmesg | $busybox grep -E 'Kernel panic|Oops|APIC id mismatch|soft lockup'
+echo "guest: listens"
+read -r line
+echo "guest: heard $line"
+$busybox reboot -f
+)init"));
+  Program program(CPPVMM_BOOT,
+                  {"--memory", "256M", "--cpus", cpus, "--hypercalls", transport, "--kernel", kernel, "--initrd",
+                   initrd.path(), "--append", std::string("console=ttyS0 panic=-1 reboot=") + reset, "--audit",
+                   "--json", "-"},
+                  Stderr::terminal, Stdin::pipe);
+  if (program.wait_for_stderr("guest: listens")) program.send("a line\n");
+  const Ended ended = program.wait();
+  const std::string& console = ended.err;
+  if (std::string_view(transport) == "kernel" && console.find("KVM does not forward") != std::string::npos)
+    GTEST_SKIP() << "this KVM forwards no extended hypercalls";
+  ASSERT_EQ(ended.status, 0) << console;
+
+  EXPECT_NE(console.find("guest: Hypervisor detected: Microsoft Hyper-V"), std::string::npos) << console;
+  EXPECT_NE(console.find("guest: Hyper-V: privilege flags low 0x60, high 0x100000"), std::string::npos) << console;
+  EXPECT_NE(console.find(std::string("guest: processors ") + cpus), std::string::npos) << console;
+  EXPECT_NE(console.find("guest: memory "), std::string::npos) << console;
+  EXPECT_NE(console.find("guest: heard a line"), std::string::npos) << console;
+  for (const char* trouble : {"Kernel panic", "Oops", "APIC id mismatch", "soft lockup"})
+    EXPECT_EQ(console.find(trouble), std::string::npos) << console;
+
+  const json figures = json::parse(ended.out, nullptr, false);
+  ASSERT_FALSE(figures.is_discarded()) << ended.out;
+  EXPECT_EQ(figures["hypercalls"], transport);
+  EXPECT_EQ(figures["calls"], json({{"0x8001", 1}, {"0x8002", 0}, {"other", 0}})) << "Linux asks once, at boot";
+  EXPECT_EQ(figures["kernel"], kernel);
+  EXPECT_EQ(figures["ram_pages"], 65536);
+  EXPECT_EQ(figures["vcpu_ticks"].size(), static_cast<std::size_t>(std::atoi(cpus)));
+  for (const char* field : {"guest", "guest_zeroed_pages", "nonzero_pages_at_end", "unsound_pages"})
+    EXPECT_TRUE(figures[field].is_null()) << field;
+}
+
+INSTANTIATE_TEST_SUITE_P(All, LinuxAsks,
+                         testing::Values(std::tuple("kernel", "1", "kbd"), std::tuple("kernel", "2", "pci"),
+                                         std::tuple("user", "1", "pci"), std::tuple("user", "2", "kbd")),
+                         [](const auto& info) {
+                           return std::string(std::get<0>(info.param)) + "With" + std::get<1>(info.param) + "Vcpus";
+                         });
+
+} // namespace
