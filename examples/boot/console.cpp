@@ -53,14 +53,15 @@ struct ConsoleInput::State : std::enable_shared_from_this<State> {
 ConsoleInput::ConsoleInput(boost::asio::io_context& io, std::function<std::size_t(std::span<const char>)> receive)
     : state_(std::make_shared<State>(io, std::move(receive))) {
   const bool terminal = isatty(STDIN_FILENO) == 1;
-  if (terminal && tcgetpgrp(STDIN_FILENO) != getpgrp()) return;
+  // -1: it is not the terminal that controls this process, and anybody may read from it.
+  if (const pid_t foreground = terminal ? tcgetpgrp(STDIN_FILENO) : -1; foreground >= 0 && foreground != getpgrp())
+    return;
   // Opened anew: waiting makes it non-blocking, which the one that is shared with the shell and with standard output
   // must not become.
   const int own = open("/proc/self/fd/0", O_RDONLY | O_CLOEXEC | O_NOCTTY | O_NONBLOCK);
   if (own < 0) return;
   boost::system::error_code error;
-  state_->input.assign(own, error);
-  if (error) {
+  if (state_->input.assign(own, error)) {
     close(own);
     return;
   }
@@ -75,8 +76,8 @@ ConsoleInput::ConsoleInput(boost::asio::io_context& io, std::function<std::size_
 }
 
 ConsoleInput::~ConsoleInput() {
-  boost::system::error_code ignored;
-  state_->input.close(ignored);
+  boost::system::error_code error;
+  [[maybe_unused]] const auto closed = state_->input.close(error); // it is gone in any case
   if (state_->terminal_before) tcsetattr(STDIN_FILENO, TCSANOW, &*state_->terminal_before);
 }
 

@@ -1,3 +1,4 @@
+#include <cstddef>
 #include <cstdint>
 #include <cstdio>
 #include <string>
@@ -36,9 +37,16 @@ std::string describe_exit(const Exit& exit) {
     text += " (address " + number(write->address) + ")";
   else if (const auto* entry = std::get_if<FailEntry>(&exit))
     text += " (hardware reason " + number(entry->hardware_reason) + ")";
-  else if (const auto* internal = std::get_if<InternalError>(&exit))
-    text += " (suberror " + std::to_string(internal->suberror) + ")";
-  else if (const auto* event = std::get_if<SystemEvent>(&exit))
+  else if (const auto* internal = std::get_if<InternalError>(&exit)) {
+    text += " (suberror " + std::to_string(internal->suberror);
+    if (!internal->instruction.empty()) text += ", instruction";
+    for (const std::byte byte : internal->instruction) {
+      char digits[4];
+      std::snprintf(digits, sizeof digits, " %02x", std::to_integer<unsigned>(byte));
+      text += digits;
+    }
+    text += ")";
+  } else if (const auto* event = std::get_if<SystemEvent>(&exit))
     text += " (type " + std::to_string(event->type) + ")";
   else if (const auto* fault = std::get_if<MemoryFault>(&exit))
     text += " (address " + number(fault->address) + ", " + std::generic_category().message(fault->os_error) + ")";

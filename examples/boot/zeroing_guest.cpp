@@ -108,7 +108,7 @@ public:
     }
     if (const auto code = written_to(zeroing::exit_port, exit)) {
       const std::scoped_lock lock(mutex_);
-      exit_code_ = *code;
+      exit_code_ = code;
       return VcpuAction::stop_group;
     }
     if (std::holds_alternative<Hlt>(exit)) return VcpuAction::end_vcpu;

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstddef>
+#include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <fcntl.h>
@@ -99,6 +100,71 @@ TEST_F(Linux, AnImageThatIsNoneIsOneLine) {
     EXPECT_EQ(ended.err, "cppvmm-boot: " + why + "\n");
     EXPECT_EQ(ended.out, "");
   }
+}
+
+/// A bzImage as small as one can be: its kernel is `code`, entered in 64-bit mode with RSI at the zero page.
+std::string small_image(std::string_view code) {
+  constexpr std::size_t setup = 2 * 512;
+  constexpr std::size_t kernel = 0x1000;
+  std::string file(setup + kernel, '\0');
+  // Documentation/arch/x86/boot.rst, "The Real-Mode Kernel Header".
+  const auto put = [&](std::size_t at, std::uint64_t value, std::size_t bytes) {
+    for (std::size_t i = 0; i < bytes; ++i)
+      file[at + i] = static_cast<char>(value >> 8 * i);
+  };
+  put(0x1F1, 1, 1);           // setup_sects
+  put(0x1F4, kernel / 16, 4); // syssize
+  put(0x1FE, 0xAA55, 2);      // boot_flag
+  put(0x200, 0x6AEB, 2);      // jump
+  put(0x202, 0x5372'6448, 4); // header
+  put(0x206, 0x020F, 2);      // version
+  put(0x211, 1, 1);           // loadflags: loaded high
+  put(0x22C, 0x7FFF'FFFF, 4); // initrd_addr_max
+  put(0x230, 0x20'0000, 4);   // kernel_alignment
+  put(0x234, 1, 1);           // relocatable_kernel
+  put(0x236, 1, 2);           // xloadflags: 64-bit entry point
+  put(0x238, 255, 4);         // cmdline_size
+  put(0x258, 0x100'0000, 8);  // pref_address
+  put(0x260, kernel, 4);      // init_size
+  file.replace(setup + 0x200, code.size(), code);
+  return file;
+}
+
+TEST_F(Linux, TheKernelHasItsZeroPageItsConsoleAndItsReset) {
+  using std::string_view_literals::operator""sv;
+  const File image("small", small_image("\x48\x8D\xB6\x02\x02\x00\x00" // lea rsi, [rsi + 0x202]
+                                        "\xB9\x04\x00\x00\x00"         // mov ecx, 4
+                                        "\x66\xBA\xF8\x03"             // mov dx, 0x3F8
+                                        "\xF3\x6E"                     // rep outsb
+                                        "\x66\xBA\xFD\x03"             // 1: mov dx, 0x3FD
+                                        "\xEC"                         // 2: in al, dx
+                                        "\xA8\x01"                     // test al, 1
+                                        "\x74\xFB"                     // jz 2
+                                        "\x66\xBA\xF8\x03"             // mov dx, 0x3F8
+                                        "\xEC"                         // in al, dx
+                                        "\xEE"                         // out dx, al
+                                        "\x3C\x71"                     // cmp al, 'q'
+                                        "\x75\xED"                     // jnz 1
+                                        "\xB0\xFE"                     // mov al, 0xFE
+                                        "\xE6\x64"                     // out 0x64, al
+                                        "\xEB\xFE"sv));                // jmp .
+  Program program(CPPVMM_BOOT, {"--memory", "32M", "--kernel", image.path(), "--json", "-"}, Stderr::file, Stdin::pipe);
+  program.send("hello q");
+  const Ended ended = program.wait();
+  EXPECT_EQ(ended.status, 0) << ended.err;
+  EXPECT_EQ(ended.err, "HdrShello q");
+  const json figures = json::parse(ended.out, nullptr, false);
+  ASSERT_FALSE(figures.is_discarded()) << "the console is not mixed into it: " << ended.out;
+  EXPECT_EQ(figures["kernel"], image.path());
+  EXPECT_EQ(figures["ram_pages"], 8192);
+  EXPECT_TRUE(figures["guest_zeroed_pages"].is_null());
+}
+
+TEST_F(Linux, AKernelThatCrashesIsAFailure) {
+  const File image("crash", small_image("\x0F\x0B")); // ud2, and no interrupt table
+  const Ended ended = run_program(CPPVMM_BOOT, {"--memory", "32M", "--kernel", image.path()});
+  EXPECT_EQ(ended.status, 1);
+  EXPECT_EQ(ended.err, "cppvmm-boot: vCPU 0: the guest crashed (triple fault)\n");
 }
 
 /// Boots the kernel that CPPVMM_LINUX names.
