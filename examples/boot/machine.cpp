@@ -2,6 +2,8 @@
 
 #include "layout.hpp"
 
+#include <algorithm>
+#include <array>
 #include <boost/asio/io_context.hpp>
 #include <boost/asio/post.hpp>
 #include <boost/asio/signal_set.hpp>
@@ -239,7 +241,9 @@ private:
         if (auto armed = memory_->arm_write_watch(region.start(), {.written_through_this_mapping_only = true}); !armed)
           return failure("--write-watch: " + armed.error().message());
     if (!options_.dirty_log) return {};
-    auto log = DirtyLog::start(*vm_, *memory_, std::move(slots), {.complete = true});
+    // The stores of a vCPU that is in the guest may not be in KVM's log yet: only where the vCPU that asks is the only
+    // one does it prove anything. With more it tells who wrote.
+    auto log = DirtyLog::start(*vm_, *memory_, std::move(slots), {.complete = options_.cpus == 1});
     if (!log) return failure("--dirty-log: " + log.error().message());
     dirty_log_.emplace(std::move(*log));
     return {};

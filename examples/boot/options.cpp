@@ -139,8 +139,9 @@ std::expected<Options, EarlyExit> parse_options(int argc, const char* const* arg
   app.add_flag("--write-watch", options.write_watch,
                "Until the first answer, watch which pages are written (userfaultfd, Linux 6.7): exact for RAM that is "
                "present as a whole");
-  app.add_flag("--dirty-log", options.dirty_log,
-               "Until the first answer, keep KVM's dirty log: the same for the guest's writes, and it tells who wrote");
+  app.add_flag(
+      "--dirty-log", options.dirty_log,
+      "Until the first answer, keep KVM's dirty log: it tells who wrote, and with one vCPU is exact like the watch");
   app.add_flag("--content-check", options.content_check,
                "Look for zeros in pages that are touched: they may be in use, as firmware's are");
   app.add_flag("--audit", options.audit,

@@ -52,7 +52,7 @@ std::shared_ptr<int> owned(int descriptor) {
 /// A file of `bytes` that are one hole.
 Result<std::shared_ptr<int>> sparse_file(std::uint64_t bytes) {
   const char* folder = std::getenv("TMPDIR");
-  if (folder == nullptr || *folder == '\0') folder = "/var/tmp";
+  if (folder == nullptr || *folder == '\0') folder = access("/var/tmp", W_OK) == 0 ? "/var/tmp" : "/tmp";
   const int descriptor = open(folder, O_TMPFILE | O_RDWR | O_CLOEXEC, 0600);
   if (descriptor < 0) return failure(std::string("a file in ") + folder, errno);
   auto file = owned(descriptor);

@@ -26,7 +26,7 @@ struct Ram {
 };
 
 /// Makes a region of RAM for each of `ranges`: of the kind, populated, and with huge pages or without, as `options`
-/// say. Files are made in $TMPDIR, else /var/tmp, and have no name. An error is one line for a person.
+/// say. Files are made in $TMPDIR, else /var/tmp, else /tmp, and have no name. An error is one line for a person.
 [[nodiscard]] std::expected<Ram, std::string> make_ram(const Options& options, std::span<const zeroing::Pages> ranges);
 
 /// RAM as the audit reads it, with descriptors that it needs and the map does not have.
