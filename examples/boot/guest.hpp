@@ -38,9 +38,9 @@ public:
   [[nodiscard]] virtual const std::vector<zeroing::Pages>& ram() const = 0;
   /// Pages that leftovers are kept out of.
   [[nodiscard]] virtual zeroing::Pages lives_in() const { return {}; }
-  /// Puts what the guest starts with into its memory, which is all zero but for leftovers.
+  /// Puts what the guest starts with into its memory, which is all zero but for leftovers and is there until `end`.
   [[nodiscard]] virtual Result<void> load(const GuestMemory& memory) = 0;
-  /// Adds devices to the VM, which has its memory and no vCPU yet. `vm` outlives the guest.
+  /// Adds devices to the VM, which has its memory and no vCPU yet. `vm` is there until `end`.
   [[nodiscard]] virtual Result<void> add_devices(Vm& /*vm*/) { return {}; }
   /// What this vCPU's CPUID tells, but for Hyper-V's leaves.
   [[nodiscard]] virtual std::vector<CpuidEntry> cpuid(std::vector<CpuidEntry> supported, std::uint32_t /*id*/) const {

@@ -222,7 +222,7 @@ $busybox reboot -f
 )init"));
   Program program(CPPVMM_BOOT,
                   {"--memory", "256M", "--cpus", cpus, "--hypercalls", transport, "--kernel", kernel, "--initrd",
-                   initrd.path(), "--append", std::string("console=ttyS0 panic=-1 reboot=") + reset, "--audit",
+                   initrd.path(), "--append", std::string("console=ttyS0 quiet panic=-1 reboot=") + reset, "--audit",
                    "--json", "-"},
                   Stderr::terminal, Stdin::pipe);
   if (program.wait_for_stderr("guest: listens")) program.send("a line\n");
