@@ -279,7 +279,7 @@ int main(int count, char** words) {
                 static_cast<unsigned long long>(report.verdict.unexplained));
     verdict.add(report.verdict);
   }
-  std::printf("\nunsound %llu, missed without a reason %llu\n", static_cast<unsigned long long>(verdict.unsound),
+  std::printf("\nunsound %llu, missed without a reason %llu\n\n", static_cast<unsigned long long>(verdict.unsound),
               static_cast<unsigned long long>(verdict.unexplained));
   return verdict.unsound + verdict.unexplained + verdict.broken == 0 ? 0 : 1;
 }
