@@ -188,10 +188,14 @@ public:
     std::optional<VcpuEnds> ends;
     int signal = 0;
 
+    guest_->begin(io);
     const auto started = Clock::now();
     auto group = VcpuGroup::start(
         std::move(vcpus_), [this](Vcpu& vcpu, const Exit& exit) { return on_exit(vcpu, exit); }, io.get_executor());
-    if (!group) return failure("no vCPU threads: " + group.error().message());
+    if (!group) {
+      guest_->end();
+      return failure("no vCPU threads: " + group.error().message());
+    }
     group->async_wait([&](VcpuEnds ended) {
       ends = std::move(ended);
       signals.cancel();
@@ -205,7 +209,6 @@ public:
       stop_.request_stop();
       group->stop();
     });
-    guest_->begin(io);
     io.run();
     const auto wall = Clock::now() - started;
     guest_->end();

@@ -3,6 +3,7 @@
 #include "program.hpp"
 
 #include <algorithm>
+#include <csignal>
 #include <cstddef>
 #include <cstdint>
 #include <cstdio>
@@ -15,6 +16,7 @@
 #include <nlohmann/json.hpp>
 #include <string>
 #include <string_view>
+#include <termios.h>
 #include <tuple>
 #include <unistd.h>
 #include <utility>
@@ -158,6 +160,27 @@ TEST_F(Linux, TheKernelHasItsZeroPageItsConsoleAndItsReset) {
   EXPECT_EQ(figures["kernel"], image.path());
   EXPECT_EQ(figures["ram_pages"], 8192);
   EXPECT_TRUE(figures["guest_zeroed_pages"].is_null());
+}
+
+TEST_F(Linux, TheTerminalTypesThroughAndIsAsItWasAfterwards) {
+  using std::string_view_literals::operator""sv;
+  const File image("spin", small_image("\x66\xBA\xF8\x03" // mov dx, 0x3F8
+                                       "\xB0\x3E"         // mov al, '>'
+                                       "\xEE"             // out dx, al
+                                       "\xEB\xFE"sv));    // jmp .
+  Program program(CPPVMM_BOOT, {"--memory", "32M", "--kernel", image.path(), "--json", "-"}, Stderr::terminal,
+                  Stdin::terminal);
+  ASSERT_TRUE(program.wait_for_stderr(">")) << program.wait().err;
+  termios mode{};
+  ASSERT_EQ(tcgetattr(program.input(), &mode), 0);
+  EXPECT_EQ(mode.c_lflag & (ICANON | ECHO), 0U) << "the guest echoes";
+  EXPECT_NE(mode.c_lflag & ISIG, 0U) << "and the run can be ended";
+  EXPECT_EQ(mode.c_iflag & ICRNL, 0U);
+  ASSERT_EQ(kill(program.pid(), SIGTERM), 0);
+  EXPECT_EQ(program.wait().status, 128 + SIGTERM);
+  ASSERT_EQ(tcgetattr(program.input(), &mode), 0);
+  EXPECT_EQ(mode.c_lflag & (ICANON | ECHO), static_cast<tcflag_t>(ICANON | ECHO));
+  EXPECT_NE(mode.c_iflag & ICRNL, 0U);
 }
 
 TEST_F(Linux, AKernelThatCrashesIsAFailure) {

@@ -9,6 +9,7 @@
 #include <sys/mman.h>
 #include <sys/wait.h>
 #include <system_error>
+#include <tuple>
 #include <unistd.h>
 #include <utility>
 
@@ -33,23 +34,34 @@ std::string contents(int fd) {
   }
 }
 
+/// The two ends of a terminal: the one that types, and the program's.
+std::pair<int, int> make_terminal() {
+  const int near = check(posix_openpt(O_RDWR | O_NOCTTY | O_CLOEXEC), "posix_openpt");
+  check(grantpt(near), "grantpt");
+  check(unlockpt(near), "unlockpt");
+  char name[64];
+  if (const int error = ptsname_r(near, name, sizeof name); error != 0)
+    throw std::system_error(error, std::generic_category(), "ptsname_r");
+  return {near, check(open(name, O_RDWR | O_NOCTTY | O_CLOEXEC), "open pts")};
+}
+
 } // namespace
 
 Program::Program(std::string path, std::vector<std::string> arguments, Stderr kind, Stdin input)
     : terminal_(kind == Stderr::terminal) {
-  int in[2] = {-1, -1};
-  if (input == Stdin::pipe) check(pipe2(in, O_CLOEXEC), "pipe2");
-  in_ = in[1];
+  int child_in = -1;
+  if (input == Stdin::pipe) {
+    int ends[2];
+    check(pipe2(ends, O_CLOEXEC), "pipe2");
+    child_in = ends[0];
+    in_ = ends[1];
+  } else if (input == Stdin::terminal) {
+    std::tie(in_, child_in) = make_terminal();
+  }
   out_ = check(memfd_create("stdout", MFD_CLOEXEC), "memfd_create");
   int child_err = -1;
   if (terminal_) {
-    err_ = check(posix_openpt(O_RDWR | O_NOCTTY | O_CLOEXEC), "posix_openpt");
-    check(grantpt(err_), "grantpt");
-    check(unlockpt(err_), "unlockpt");
-    char name[64];
-    if (const int error = ptsname_r(err_, name, sizeof name); error != 0)
-      throw std::system_error(error, std::generic_category(), "ptsname_r");
-    child_err = check(open(name, O_RDWR | O_NOCTTY | O_CLOEXEC), "open pts");
+    std::tie(err_, child_err) = make_terminal();
   } else {
     err_ = check(memfd_create("stderr", MFD_CLOEXEC), "memfd_create");
     child_err = err_;
@@ -57,8 +69,8 @@ Program::Program(std::string path, std::vector<std::string> arguments, Stderr ki
 
   posix_spawn_file_actions_t actions;
   posix_spawn_file_actions_init(&actions);
-  if (input == Stdin::pipe)
-    posix_spawn_file_actions_adddup2(&actions, in[0], STDIN_FILENO);
+  if (child_in >= 0)
+    posix_spawn_file_actions_adddup2(&actions, child_in, STDIN_FILENO);
   else
     posix_spawn_file_actions_addopen(&actions, STDIN_FILENO, "/dev/null", O_RDONLY, 0);
   posix_spawn_file_actions_adddup2(&actions, out_, STDOUT_FILENO);
@@ -70,7 +82,7 @@ Program::Program(std::string path, std::vector<std::string> arguments, Stderr ki
   const int error = posix_spawn(&pid_, path.c_str(), &actions, nullptr, argv.data(), environ);
   posix_spawn_file_actions_destroy(&actions);
   if (terminal_) close(child_err);
-  if (input == Stdin::pipe) close(in[0]);
+  if (child_in >= 0) close(child_in);
   if (error != 0) throw std::system_error(error, std::generic_category(), path);
 }
 

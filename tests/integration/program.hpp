@@ -16,8 +16,8 @@ struct Ended {
 /// What standard error is to the program.
 enum class Stderr { file, terminal };
 
-/// What standard input is to the program: /dev/null, or a pipe.
-enum class Stdin { nothing, pipe };
+/// What standard input is to the program: /dev/null, a pipe, or a terminal that does not control it.
+enum class Stdin { nothing, pipe, terminal };
 
 /// A started program.
 class Program {
@@ -32,8 +32,10 @@ public:
   [[nodiscard]] pid_t pid() const { return pid_; }
   /// With a terminal: reads on until `text` was printed; false when the program ended before.
   [[nodiscard]] bool wait_for_stderr(const std::string& text);
-  /// Writes to its standard input, which is a pipe.
+  /// Writes to its standard input, which is not /dev/null.
   void send(const std::string& text);
+  /// The other end of its standard input, or -1; of a terminal, tcgetattr tells the mode.
+  [[nodiscard]] int input() const { return in_; }
   [[nodiscard]] Ended wait();
 
 private:
