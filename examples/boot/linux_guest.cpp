@@ -75,13 +75,16 @@ void set_topology(std::vector<CpuidEntry>& entries, std::uint32_t id, std::uint3
   });
   const CpuidEntry* basic = find_cpuid(entries, 0);
   const CpuidEntry* extended = find_cpuid(entries, 0x8000'0000);
+  constexpr std::uint32_t authentic = 0x6874'7541; // "Auth", of "AuthenticAMD"
+  constexpr std::uint32_t hygon = 0x6F67'7948;     // "Hygo", of "HygonGenuine"
+  const bool is_amd = basic != nullptr && (basic->ebx == authentic || basic->ebx == hygon);
   const bool has_x2apic_leaf = basic != nullptr && basic->eax >= 0xB;
   const bool has_amd_leaf = extended != nullptr && extended->eax >= 0x8000'001E;
   for (CpuidEntry& entry : entries) {
     switch (entry.function) {
     case 1: { // EBX: APIC ID [31:24], logical processors [23:16]; EDX[28]: there are several
       constexpr std::uint32_t several = 1U << 28;
-      entry.ebx = (entry.ebx & 0xFFFF) | id << 24 | std::bit_ceil(cpus) % 0x100 << 16;
+      entry.ebx = (entry.ebx & 0xFFFF) | id << 24 | std::min(std::bit_ceil(cpus), 0xFFU) << 16;
       entry.edx = cpus > 1 ? entry.edx | several : entry.edx & ~several;
       break;
     }
@@ -93,7 +96,7 @@ void set_topology(std::vector<CpuidEntry>& entries, std::uint32_t id, std::uint3
       }
       break;
     case 0x8000'0008: // ECX, AMD: APIC ID bits [15:12], cores less one [7:0]
-      entry.ecx = (entry.ecx & ~0xF0FFU) | id_bits << 12 | (cpus - 1);
+      if (is_amd) entry.ecx = (entry.ecx & ~0xF0FFU) | id_bits << 12 | (cpus - 1);
       break;
     case 0x8000'001D: // EAX, AMD: processors that share the cache, less one [25:14]
       entry.eax = (entry.eax & ~0x03FF'C000U) | ((entry.eax >> 5 & 7) >= 3 ? cpus - 1 : 0) << 14;
