@@ -63,7 +63,7 @@ trap 'exit 143' TERM
 # ------------------------------------------------------------------------------------------------------------- packing
 
 root=$work/root
-mkdir -p "$root"/{bin,modules,proc,sys,dev,tmp,root,etc}
+mkdir -p "$root"/{bin,modules,proc,sys,dev,tmp,var/tmp,root,etc}
 cp "$kernel/busybox" "$root/bin/busybox"
 while read -r applet; do ln -sf busybox "$root/bin/$applet"; done < <("$root/bin/busybox" --list | grep -vx busybox)
 echo 'root:x:0:0:root:/root:/bin/sh' >"$root/etc/passwd"
