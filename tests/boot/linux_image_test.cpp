@@ -216,7 +216,7 @@ protected:
     std::map<std::pair<std::uint64_t, std::uint64_t>, std::uint32_t> map;
     for (std::size_t i = 0; i < zero_page.e820_entries; ++i) {
       const boot_e820_entry entry = zero_page.e820_table[i];
-      map[{entry.addr, entry.addr + entry.size}] = entry.type;
+      map[{+entry.addr, entry.addr + entry.size}] = +entry.type;
     }
     return map;
   }
@@ -226,7 +226,7 @@ protected:
   Bytes file;
   LinuxPlan planned;
   std::string error;
-  boot_params zero_page{};
+  boot_params zero_page{}; // packed: its members are compared by value, for no reference may point at them
 };
 
 TEST_F(Planned, TheKernelIsWhereItWantsToBe) {
@@ -273,8 +273,8 @@ TEST_F(Planned, TheInitrdIsHighAndTheKernelKnowsIt) {
   EXPECT_EQ(planned.initrd % 4096, 0U);
   EXPECT_GT(planned.initrd + 5000, 128 * mebi - 4096);
   EXPECT_LE(planned.initrd + 5000, 128 * mebi);
-  EXPECT_EQ(zero_page.hdr.ramdisk_image, planned.initrd);
-  EXPECT_EQ(zero_page.hdr.ramdisk_size, 5000U);
+  EXPECT_EQ(+zero_page.hdr.ramdisk_image, planned.initrd);
+  EXPECT_EQ(+zero_page.hdr.ramdisk_size, 5000U);
 }
 
 TEST_F(Planned, TheInitrdIsWhereTheKernelReachesIt) {
@@ -295,8 +295,8 @@ TEST_F(Planned, AnInitrdThatDoesNotFitIsRefused) {
 
 TEST_F(Planned, WithoutAnInitrdThereIsNone) {
   plan(128 * mebi);
-  EXPECT_EQ(zero_page.hdr.ramdisk_image, 0U);
-  EXPECT_EQ(zero_page.hdr.ramdisk_size, 0U);
+  EXPECT_EQ(+zero_page.hdr.ramdisk_image, 0U);
+  EXPECT_EQ(+zero_page.hdr.ramdisk_size, 0U);
 }
 
 TEST_F(Planned, TheCommandLineEnds) {
@@ -326,10 +326,10 @@ TEST_F(Planned, MoreCpusThanAnMpTableHasRoomForAreRefused) {
 
 TEST_F(Planned, TheZeroPageHasTheHeaderAndNothingElseOfTheFile) {
   plan(128 * mebi);
-  EXPECT_EQ(zero_page.hdr.header, header.header);
-  EXPECT_EQ(zero_page.hdr.version, header.version);
-  EXPECT_EQ(zero_page.hdr.init_size, header.init_size);
-  EXPECT_EQ(zero_page.hdr.type_of_loader, 0xFF);
+  EXPECT_EQ(+zero_page.hdr.header, +header.header);
+  EXPECT_EQ(+zero_page.hdr.version, +header.version);
+  EXPECT_EQ(+zero_page.hdr.init_size, +header.init_size);
+  EXPECT_EQ(+zero_page.hdr.type_of_loader, 0xFF);
   EXPECT_EQ(zero_page.sentinel, 0);
 }
 
