@@ -108,9 +108,9 @@ public:
   ///
   /// A page that is discarded (MADV_DONTNEED, hole punched) during the call may or may not be zeroed. Before Linux 6.5,
   /// discards of a memfd's pages by other processes during the call can also hide a page that the kernel is migrating
-  /// and that is not mapped here (docs/evidence.md). Of a hugetlb file, a huge page that is discarded and written again
-  /// within the few system calls that count its pages can hide one that another process wrote and that is not mapped
-  /// here.
+  /// and that is not mapped here (docs/evidence.md). Of a hugetlb file, a huge page that someone discards by
+  /// other means than Region::discard, and that is written again, within the few system calls that count its pages can
+  /// hide one that another process wrote and that is not mapped here.
   [[nodiscard]] Survey survey(const SurveyOptions& options = {}) const;
 
 private:

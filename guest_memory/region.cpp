@@ -49,6 +49,7 @@ struct Region::Mapping {
   mutable std::atomic<bool> has_recorder = false;
   std::uint64_t huge_page = 0; // of hugetlb kinds, in bytes; 0 where it is not known
   mutable ReplacedPages replaced;
+  mutable std::mutex discards; // of a hugetlb file
 
   Mapping() = default;
   Mapping(const Mapping&) = delete;
@@ -400,7 +401,12 @@ MemoryResult<Discarded> Region::discard(PageRange range) const {
                              .is_fd_writable = !is_adopted(),
                              .huge_page = mapping_->huge_page};
   if (backing() == Backing::private_file) return discard_private_file(target, range, mapping_->replaced);
+  const HeldDiscards one_at_a_time(*this);
   return discard_memory(target);
+}
+
+HeldDiscards::HeldDiscards(const Region& region) : lock(region.mapping_->discards, std::defer_lock) {
+  if (region.backing() == Backing::hugetlb_memfd) lock.lock();
 }
 
 // include/uapi/asm-generic/mman-common.h (Linux 5.14), which the headers of older distributions may lack.
