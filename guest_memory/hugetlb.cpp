@@ -76,7 +76,7 @@ RegionEvidence hugetlb_file_evidence(const FileMapping& mapping, EvidenceSource 
   if (fstat(mapping.fd, &status) != 0) return failed("fstat of a hugetlb file", mapping.host, mapping.bytes, errno);
   // A page that was discarded before the blocks were counted would stand for one that another process wrote: only what
   // is mapped before and after was so in between.
-  const RegionEvidence after = hugetlb_evidence(mapping.host, mapping.bytes, source);
+  RegionEvidence after = hugetlb_evidence(mapping.host, mapping.bytes, source);
   if (after.kind == Evidence::none) return after;
   const std::uint64_t mapped = common_pages(result.touched.front(), after.touched.front());
   const auto allocated = static_cast<std::uint64_t>(status.st_blocks) * 512 / page_size;

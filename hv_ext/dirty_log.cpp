@@ -117,18 +117,18 @@ DirtyLog::DirtyLog(std::shared_ptr<State> state) : state_(std::move(state)) {}
 DirtyLog::DirtyLog(DirtyLog&&) noexcept = default;
 DirtyLog& DirtyLog::operator=(DirtyLog&& other) noexcept {
   if (this != &other) {
-    static_cast<void>(stop());
+    [[maybe_unused]] const auto stopped = stop();
     state_ = std::move(other.state_);
   }
   return *this;
 }
-DirtyLog::~DirtyLog() { static_cast<void>(stop()); }
+DirtyLog::~DirtyLog() { [[maybe_unused]] const auto stopped = stop(); }
 
-HvResult<DirtyLog> DirtyLog::start(Vm& vm, GuestMemory& memory, std::vector<MemorySlot> slots,
+HvResult<DirtyLog> DirtyLog::start(Vm& vm, GuestMemory& memory, const std::vector<MemorySlot>& slots,
                                    const WriteLogOptions& options) {
   auto state = std::make_shared<State>(vm, memory);
   std::size_t most_words = 0;
-  for (MemorySlot& slot : slots) {
+  for (const MemorySlot& slot : slots) {
     if (slot.read_only) continue;
     const std::size_t words = ((slot.bytes >> page_shift) + 63) / 64;
     most_words = std::max(most_words, words);
@@ -142,14 +142,14 @@ HvResult<DirtyLog> DirtyLog::start(Vm& vm, GuestMemory& memory, std::vector<Memo
                                        .operation = "a complete dirty log without a slot for all of RAM"});
 
   if (auto on = state->switch_logs(true); !on) {
-    static_cast<void>(state->switch_logs(false));
+    [[maybe_unused]] const auto off = state->switch_logs(false);
     return std::unexpected(HvError{.code = HvErrc::kvm, .operation = "switch the dirty log on", .cause = on.error()});
   }
   WriteLog log{
       .collect = [state](PageRange pages, std::span<std::uint64_t> bitmap) { return state->collect(pages, bitmap); },
       .by = Toucher::guest};
   if (auto begun = memory.begin_write_log(std::move(log), options); !begun) {
-    static_cast<void>(state->switch_logs(false));
+    [[maybe_unused]] const auto off = state->switch_logs(false);
     return std::unexpected(HvError{.code = HvErrc::memory, .operation = "begin a write log", .cause = begun.error()});
   }
   return DirtyLog(std::move(state));

@@ -30,7 +30,7 @@ public:
   ///
   /// invalid_options when `options` says complete and a page of RAM is in none of the slots, or the slot maps other
   /// host memory there; kvm and memory when these refuse (a log is kept already).
-  [[nodiscard]] static HvResult<DirtyLog> start(Vm& vm, GuestMemory& memory, std::vector<MemorySlot> slots,
+  [[nodiscard]] static HvResult<DirtyLog> start(Vm& vm, GuestMemory& memory, const std::vector<MemorySlot>& slots,
                                                 const WriteLogOptions& options = {});
   DirtyLog(DirtyLog&&) noexcept;
   DirtyLog& operator=(DirtyLog&&) noexcept;

@@ -177,7 +177,7 @@ public:
       if (auto set = vm_->set_memory_slot(slots.back()); !set) return failure(set.error().message());
     }
     if (auto added = guest_->add_devices(*vm_); !added) return added;
-    if (auto known = know_writes(std::move(slots)); !known) return known;
+    if (auto known = know_writes(slots); !known) return known;
     if (auto made = make_hyperv(); !made) return made;
     return make_vcpus(*cpuid);
   }
@@ -238,7 +238,7 @@ private:
   }
 
   /// From here on this program writes guest memory through the accessors alone.
-  Result<void> know_writes(std::vector<MemorySlot> slots) {
+  Result<void> know_writes(const std::vector<MemorySlot>& slots) {
     if (options_.write_watch)
       for (const auto map = memory_->snapshot(); const auto& region : map->regions())
         if (auto armed = memory_->arm_write_watch(region.start(), {.written_through_this_mapping_only = true}); !armed)
@@ -246,7 +246,7 @@ private:
     if (!options_.dirty_log) return {};
     // The stores of a vCPU that is in the guest may not be in KVM's log yet: only where the vCPU that asks is the only
     // one does it prove anything. With more it tells who wrote.
-    auto log = DirtyLog::start(*vm_, *memory_, std::move(slots), {.complete = options_.cpus == 1});
+    auto log = DirtyLog::start(*vm_, *memory_, slots, {.complete = options_.cpus == 1});
     if (!log) return failure("--dirty-log: " + log.error().message());
     dirty_log_.emplace(std::move(*log));
     return {};

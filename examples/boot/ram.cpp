@@ -101,10 +101,9 @@ Result<Region> make_region(const Options& options, GuestAddress start, std::uint
 
 /// The file behind a shared anonymous mapping, which only a privileged process finds.
 Result<std::shared_ptr<int>> hidden_file(const Region& region) {
-  const auto start = reinterpret_cast<std::uintptr_t>(region.host_address());
+  const unsigned long long start = reinterpret_cast<std::uintptr_t>(region.host_address());
   char path[96];
-  std::snprintf(path, sizeof path, "/proc/self/map_files/%llx-%llx", static_cast<unsigned long long>(start),
-                static_cast<unsigned long long>(start + region.bytes()));
+  std::snprintf(path, sizeof path, "/proc/self/map_files/%llx-%llx", start, start + region.bytes());
   const int descriptor = open(path, O_RDONLY | O_CLOEXEC);
   if (descriptor < 0)
     return std::unexpected("audit: shared anonymous memory can be read through /proc/self/map_files alone, by root: " +

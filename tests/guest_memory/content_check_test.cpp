@@ -667,7 +667,7 @@ TEST(ContentCheck, IsNotMisledByDataThatGoesToAndFroWhereWritesAreWatched) {
           std::atomic_signal_fence(std::memory_order_seq_cst);
       }
   });
-  for (int round = 0; round < 4000; ++round) {
+  for (int round = 0; round < 1500; ++round) {
     const Survey survey = memory.survey(with());
     ASSERT_TRUE(survey.regions[0].content);
     if (!survey.regions[0].content->is_watched) GTEST_SKIP() << "this kernel has no asynchronous write protection";
