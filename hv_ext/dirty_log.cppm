@@ -10,8 +10,9 @@ namespace cppvmm {
 
 /// KVM's dirty log as a WriteLog of guest memory: it shows the stores of the guest, those of its page walks and KVM's
 /// own writes to guest memory, by 4 KiB pages whatever the host's page size is (while the log is on, KVM maps no huge
-/// pages into the guest). So surveys know which pages the guest wrote; and with WriteLogOptions::complete, of memory
-/// that is present as a whole (hugetlb, populated, locked), which pages are zero still.
+/// pages into the guest). A page that the guest only read may be in it as well: KVM maps it writable if it can, and
+/// logs it then. So surveys know which pages the guest wrote; and with WriteLogOptions::complete, of memory that is
+/// present as a whole (hugetlb, populated, locked), which pages are zero still.
 ///
 /// KVM's log lags behind vCPUs that are in the guest. Processors that log by themselves (Intel's page modification
 /// logging) hand their stores over when the vCPU leaves the guest, which KVM asks for without waiting

@@ -58,6 +58,9 @@ enum class Proof : std::uint8_t {
 /// Who wrote, as bits.
 inline constexpr std::uint8_t by_host_accessor = 1;
 inline constexpr std::uint8_t by_vcpu = 2;
+/// Not a writer: KVM maps a page that a guest reads writable if it can, and logs it then (Linux
+/// arch/x86/kvm/mmu/spte.c, make_spte).
+inline constexpr std::uint8_t read_by_vcpu = 4;
 
 class LiveRegion {
 public:
@@ -109,7 +112,10 @@ public:
   void end_proof() { proof_ = Proof::none; }
   [[nodiscard]] Proof proof() const { return proof_; }
   /// Whether the watch or log has to know that the page is zero.
-  [[nodiscard]] bool is_proven(std::uint32_t page) const { return proof_ != Proof::none && proven_[page]; }
+  [[nodiscard]] bool is_proven(std::uint32_t page) const {
+    if (proof_ == Proof::log && (writers_[page] & read_by_vcpu) != 0) return false;
+    return proof_ != Proof::none && proven_[page];
+  }
 
   /// Who wrote which page since a log began.
   void forget_writers() { writers_.assign(writers_.size(), 0); }

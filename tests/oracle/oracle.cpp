@@ -509,6 +509,7 @@ private:
     case Writer::vcpu_read:
       if (!guest_sees_memory()) return false;
       live.touched(page, count, Reason::read);
+      live.written_by(page, count, read_by_vcpu);
       return ran(oracle_.guest_->access((live.first_page() + page) * page_size + at, count, std::nullopt));
     case Writer::vcpu_page_walk:
       return walk(live, page);
@@ -1007,7 +1008,8 @@ private:
       problem("WRITER: page 0x%llx (page %u of %s) %s", static_cast<unsigned long long>(number), page,
               to_string(live.spec().memory), what);
     };
-    if (says_guest && (who & by_vcpu) == 0) complain("is said to be the guest's, which did not write it");
+    if (says_guest && (who & (by_vcpu | read_by_vcpu)) == 0)
+      complain("is said to be the guest's, which did not write it");
     if (says_host && (who & by_host_accessor) == 0) complain("is said to be the host's, whose accessors did not");
     if (zero || live.spec().memory == Memory::unknown) return;
     if (!says_guest && (who & by_vcpu) != 0) complain("holds data, was written by the guest, and is not said to be");
