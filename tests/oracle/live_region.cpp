@@ -342,7 +342,14 @@ std::vector<bool> LiveRegion::readable() const {
 
 void LiveRegion::begin_proof(Proof proof, bool is_promised) {
   proof_ = proof;
-  const std::vector<bool> is_readable = readable();
+  std::vector<bool> is_readable = readable();
+  if (spec_.memory == Memory::hugetlb_memfd) {
+    // Of these, mincore looks at own page tables, which is what can be protected.
+    std::vector<unsigned char> mapped(spec_.pages);
+    const bool is_known = mincore(host(0), spec_.pages * page_size, mapped.data()) == 0;
+    for (std::uint32_t page = 0; page < spec_.pages; ++page)
+      is_readable[page] = is_known && (mapped[page] & 1) != 0;
+  }
   for (std::uint32_t page = 0; page < spec_.pages; ++page) {
     const Reason why = reasons_[page];
     // Only what is in memory can be protected: what was read may be the kernel's one page of zeros, and of a huge page
