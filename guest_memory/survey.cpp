@@ -151,6 +151,14 @@ static PageSet union_of(PageRange region, std::span<const ExtentList> lists) {
 
 using Clock = std::chrono::steady_clock;
 
+/// Takes out of `touched` all but what may have been written.
+static void keep_written(PageSet& touched, const PageSet& written, WatchReport& report) {
+  const std::uint64_t before = touched.page_count();
+  touched.intersect(written);
+  report.written_pages = written.page_count();
+  report.zero_pages = before - touched.page_count();
+}
+
 /// Takes out of `touched` what the watch knows to be unwritten.
 static WatchReport narrow(PageSet& touched, const WriteWatch& watch) {
   const auto begin = Clock::now();
@@ -159,10 +167,7 @@ static WatchReport narrow(PageSet& touched, const WriteWatch& watch) {
     report.error = lists.error();
   } else {
     const PageSet written = union_of(watch.region().pages(), *lists);
-    const std::uint64_t before = touched.page_count();
-    touched.intersect(written);
-    report.written_pages = written.page_count();
-    report.zero_pages = before - touched.page_count();
+    keep_written(touched, written, report);
   }
   report.cost = Clock::now() - begin;
   return report;
@@ -194,10 +199,7 @@ static WatchReport narrow(PageSet& touched, const KeptLog& kept, WriteRecord& re
     PageSet written = writes.logged;
     written.add(writes.recorded);
     written.add(union_of(pages, std::span(&record.baseline(), 1)));
-    const std::uint64_t before = touched.page_count();
-    touched.intersect(written);
-    report.written_pages = written.page_count();
-    report.zero_pages = before - touched.page_count();
+    keep_written(touched, written, report);
   }
   report.cost = Clock::now() - begin;
   return report;
