@@ -141,17 +141,14 @@ HvResult<DirtyLog> DirtyLog::start(Vm& vm, GuestMemory& memory, const std::vecto
         return std::unexpected(HvError{.code = HvErrc::invalid_options,
                                        .operation = "a complete dirty log without a slot for all of RAM"});
 
-  if (auto on = state->switch_logs(true); !on) {
-    [[maybe_unused]] const auto off = state->switch_logs(false);
+  // After an error the logs stay on: they may be on for another's sake, whose log must not miss a write.
+  if (auto on = state->switch_logs(true); !on)
     return std::unexpected(HvError{.code = HvErrc::kvm, .operation = "switch the dirty log on", .cause = on.error()});
-  }
   WriteLog log{
       .collect = [state](PageRange pages, std::span<std::uint64_t> bitmap) { return state->collect(pages, bitmap); },
       .by = Toucher::guest};
-  if (auto begun = memory.begin_write_log(std::move(log), options); !begun) {
-    [[maybe_unused]] const auto off = state->switch_logs(false);
+  if (auto begun = memory.begin_write_log(std::move(log), options); !begun)
     return std::unexpected(HvError{.code = HvErrc::memory, .operation = "begin a write log", .cause = begun.error()});
-  }
   return DirtyLog(std::move(state));
 }
 

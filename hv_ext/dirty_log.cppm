@@ -30,7 +30,8 @@ public:
   /// and reads none of their logs, and other slots only while no survey is being made.
   ///
   /// invalid_options when `options` says complete and a page of RAM is in none of the slots, or the slot maps other
-  /// host memory there; kvm and memory when these refuse (a log is kept already).
+  /// host memory there; kvm and memory when these refuse (a log is kept already). After such an error KVM may go on
+  /// logging, which costs time and nothing else.
   [[nodiscard]] static HvResult<DirtyLog> start(Vm& vm, GuestMemory& memory, const std::vector<MemorySlot>& slots,
                                                 const WriteLogOptions& options = {});
   DirtyLog(DirtyLog&&) noexcept;

@@ -158,12 +158,23 @@ TEST_F(DirtyLogTest, ThatIsCompleteNeedsSlotsForAllOfRam) {
   }
 }
 
-TEST_F(DirtyLogTest, IsOneAtATime) {
+TEST_F(DirtyLogTest, IsOneAtATimeAndNotEndedByASecond) {
+  Vcpu vcpu = make_vcpu();
+  Code code;
+  load(code.raw({0x88, 0x04, 0x25}).value(0x50008).hlt());
+  ASSERT_KVM_OK(start_long_mode(vcpu));
   auto log = DirtyLog::start(*vm, guest_memory, {slot()}, {.complete = true});
   ASSERT_TRUE(log) << log.error().message();
   const auto second = DirtyLog::start(*vm, guest_memory, {slot()});
   ASSERT_FALSE(second);
   EXPECT_EQ(second.error().code, HvErrc::memory);
+  ASSERT_RUN(Hlt, end, vcpu);
+  const Survey survey = guest_memory.survey();
+  expect_sound(survey);
+  ASSERT_TRUE(survey.regions[0].log);
+  EXPECT_FALSE(survey.regions[0].log->error) << survey.regions[0].log->error->message();
+  EXPECT_EQ(survey.touched_map().at(PageNumber(0x50)), Toucher::guest);
+  EXPECT_TRUE(survey.zeroed.contains(PageNumber(0x51)));
 }
 
 TEST_F(DirtyLogTest, EndsWhenTheHypercallsAnswerWasGiven) {
