@@ -1,24 +1,18 @@
-// Kernels that nobody here wrote. CPPVMM_LINUX names a bzImage, as distributions have it; CPPVMM_BUSYBOX a busybox that
-// is linked statically (default: /bin/busybox), for the guest's programs.
+// Kernels: small ones of our own, and one that nobody here wrote.
+#include "linux_guest.hpp"
 #include "program.hpp"
 
 #include <algorithm>
 #include <csignal>
 #include <cstddef>
 #include <cstdint>
-#include <cstdio>
 #include <cstdlib>
-#include <fcntl.h>
-#include <filesystem>
-#include <fstream>
 #include <gtest/gtest.h>
-#include <iterator>
 #include <nlohmann/json.hpp>
 #include <string>
 #include <string_view>
 #include <termios.h>
 #include <tuple>
-#include <unistd.h>
 #include <utility>
 #include <vector>
 
@@ -26,64 +20,6 @@ namespace {
 
 using namespace cppvmm::testing;
 using nlohmann::json;
-
-std::string variable(const char* name, const char* otherwise) {
-  const char* value = std::getenv(name);
-  return value == nullptr || *value == '\0' ? otherwise : value;
-}
-
-std::string contents(const std::string& path) {
-  std::ifstream file(path, std::ios::binary);
-  return {std::istreambuf_iterator<char>(file), {}};
-}
-
-/// A file in the tests' folder, gone with the object.
-class File {
-public:
-  File(const std::string& name, std::string_view bytes)
-      : path_(std::filesystem::path(testing::TempDir()) / (name + "-" + std::to_string(getpid()))) {
-    std::ofstream(path_, std::ios::binary) << bytes;
-  }
-  File(const File&) = delete;
-  File& operator=(const File&) = delete;
-  ~File() { std::filesystem::remove(path_); }
-  [[nodiscard]] std::string path() const { return path_.string(); }
-
-private:
-  std::filesystem::path path_;
-};
-
-/// An entry of a cpio archive (Linux Documentation/driver-api/early-userspace/buffer-format.rst).
-std::string cpio_entry(std::string_view name, unsigned mode, std::string_view bytes) {
-  static unsigned inode = 0;
-  char head[112];
-  std::snprintf(head, sizeof head, "070701%08x%08x%08x%08x%08x%08x%08zx%08x%08x%08x%08x%08zx%08x", ++inode, mode, 0U,
-                0U, 1U, 0U, bytes.size(), 0U, 0U, 0U, 0U, name.size() + 1, 0U);
-  std::string entry = std::string(head) + std::string(name) + '\0';
-  entry.resize((entry.size() + 3) / 4 * 4);
-  entry += bytes;
-  entry.resize((entry.size() + 3) / 4 * 4);
-  return entry;
-}
-
-/// An initial file system with busybox and the script that is all of the guest's user space.
-std::string initial_file_system(std::string_view busybox, std::string_view init) {
-  std::string archive;
-  for (const char* folder : {"bin", "dev", "proc"})
-    archive += cpio_entry(folder, 0040755, {});
-  archive += cpio_entry("bin/busybox", 0100755, busybox);
-  archive += cpio_entry("init", 0100755, init);
-  return archive + cpio_entry("TRAILER!!!", 0, {});
-}
-
-class Linux : public testing::Test {
-protected:
-  void SetUp() override {
-    const int kvm = open("/dev/kvm", O_RDWR | O_CLOEXEC);
-    if (kvm < 0) GTEST_SKIP() << "/dev/kvm is not usable here";
-    close(kvm);
-  }
-};
 
 // What is wrong with each is known to boot_tests; this is how it is said.
 TEST_F(Linux, AnImageThatIsNoneIsOneLine) {
@@ -190,20 +126,6 @@ TEST_F(Linux, AKernelThatCrashesIsAFailure) {
   EXPECT_EQ(ended.err, "cppvmm-boot: vCPU 0: the guest crashed (triple fault)\n");
 }
 
-/// Boots the kernel that CPPVMM_LINUX names.
-class LinuxBoots : public Linux {
-protected:
-  void SetUp() override {
-    Linux::SetUp();
-    if (IsSkipped()) return;
-    if (kernel.empty()) GTEST_SKIP() << "CPPVMM_LINUX names no kernel to boot";
-    if (!std::filesystem::exists(busybox)) GTEST_SKIP() << "CPPVMM_BUSYBOX: there is no " << busybox;
-  }
-
-  const std::string kernel = variable("CPPVMM_LINUX", "");
-  const std::string busybox = variable("CPPVMM_BUSYBOX", "/bin/busybox");
-};
-
 TEST_F(LinuxBoots, ATruncatedKernelIsOneLine) {
   const std::string whole = contents(kernel);
   const File half("half", std::string_view(whole).substr(0, whole.size() / 2));
@@ -226,10 +148,6 @@ TEST_F(LinuxBoots, MemoryThatItDoesNotFitInIsOneLine) {
 }
 
 /// By transport, number of vCPUs, and how the guest resets the machine (Linux's parameter `reboot`).
-// Without CMPXCHG16B, after which QEMU's emulated processor (7.2, in the lab) once came back from an exit with flags
-// that were none: a double fault in the guest.
-constexpr const char* command_line = "console=ttyS0 quiet panic=-1 clearcpuid=cx16 reboot=";
-
 class LinuxAsks : public LinuxBoots,
                   public testing::WithParamInterface<std::tuple<const char*, const char*, const char*>> {};
 
@@ -249,7 +167,7 @@ $busybox reboot -f
 )init"));
   Program program(CPPVMM_BOOT,
                   {"--memory", "256M", "--cpus", cpus, "--hypercalls", transport, "--kernel", kernel, "--initrd",
-                   initrd.path(), "--append", std::string(command_line) + reset, "--audit", "--json", "-"},
+                   initrd.path(), "--append", std::string(linux_command_line) + reset, "--audit", "--json", "-"},
                   Stderr::terminal, Stdin::pipe);
   if (program.wait_for_stderr("guest: listens")) program.send("a line\n");
   const Ended ended = program.wait();

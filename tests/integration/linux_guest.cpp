@@ -1,0 +1,71 @@
+#include "linux_guest.hpp"
+
+#include <cstdio>
+#include <cstdlib>
+#include <fcntl.h>
+#include <fstream>
+#include <iterator>
+#include <unistd.h>
+
+namespace cppvmm::testing {
+namespace {
+
+std::string variable(const char* name, const char* otherwise) {
+  const char* value = std::getenv(name);
+  return value == nullptr || *value == '\0' ? otherwise : value;
+}
+
+/// An entry of a cpio archive (Linux Documentation/driver-api/early-userspace/buffer-format.rst).
+std::string cpio_entry(unsigned inode, std::string_view name, unsigned mode, std::string_view bytes) {
+  char head[112];
+  std::snprintf(head, sizeof head, "070701%08x%08x%08x%08x%08x%08x%08zx%08x%08x%08x%08x%08zx%08x", inode, mode, 0U, 0U,
+                1U, 0U, bytes.size(), 0U, 0U, 0U, 0U, name.size() + 1, 0U);
+  std::string entry = std::string(head) + std::string(name) + '\0';
+  entry.resize((entry.size() + 3) / 4 * 4);
+  entry += bytes;
+  entry.resize((entry.size() + 3) / 4 * 4);
+  return entry;
+}
+
+} // namespace
+
+std::string contents(const std::string& path) {
+  std::ifstream file(path, std::ios::binary);
+  return {std::istreambuf_iterator<char>(file), {}};
+}
+
+File::File(const std::string& name, std::string_view bytes)
+    : path_(std::filesystem::path(::testing::TempDir()) / (name + "-" + std::to_string(getpid()))) {
+  std::ofstream(path_, std::ios::binary) << bytes;
+}
+
+File::~File() { std::filesystem::remove(path_); }
+
+std::string initial_file_system(std::string_view busybox, std::string_view init, const std::vector<GuestFile>& more) {
+  unsigned inode = 0;
+  std::string archive;
+  for (const char* folder : {"bin", "dev", "proc"})
+    archive += cpio_entry(++inode, folder, 0040755, {});
+  archive += cpio_entry(++inode, "bin/busybox", 0100755, busybox);
+  archive += cpio_entry(++inode, "init", 0100755, init);
+  for (const auto& [path, bytes] : more)
+    archive += cpio_entry(++inode, path, 0100755, bytes);
+  return archive + cpio_entry(0, "TRAILER!!!", 0, {});
+}
+
+void Linux::SetUp() {
+  const int kvm = open("/dev/kvm", O_RDWR | O_CLOEXEC);
+  if (kvm < 0) GTEST_SKIP() << "/dev/kvm is not usable here";
+  close(kvm);
+}
+
+LinuxBoots::LinuxBoots() : kernel(variable("CPPVMM_LINUX", "")), busybox(variable("CPPVMM_BUSYBOX", "/bin/busybox")) {}
+
+void LinuxBoots::SetUp() {
+  Linux::SetUp();
+  if (IsSkipped()) return;
+  if (kernel.empty()) GTEST_SKIP() << "CPPVMM_LINUX names no kernel to boot";
+  if (!std::filesystem::exists(busybox)) GTEST_SKIP() << "CPPVMM_BUSYBOX: there is no " << busybox;
+}
+
+} // namespace cppvmm::testing

@@ -1,0 +1,62 @@
+// Linux guests in cppvmm-boot. CPPVMM_LINUX names a bzImage, as distributions have it; CPPVMM_BUSYBOX a busybox that is
+// linked statically (default: /bin/busybox), for the guest's programs.
+#pragma once
+
+#include <filesystem>
+#include <gtest/gtest.h>
+#include <string>
+#include <string_view>
+#include <vector>
+
+namespace cppvmm::testing {
+
+/// A file as a whole; empty when it cannot be read.
+[[nodiscard]] std::string contents(const std::string& path);
+
+/// A file in the tests' folder, gone with the object.
+class File {
+public:
+  File(const std::string& name, std::string_view bytes);
+  File(const File&) = delete;
+  File& operator=(const File&) = delete;
+  ~File();
+  [[nodiscard]] std::string path() const { return path_.string(); }
+
+private:
+  std::filesystem::path path_;
+};
+
+/// A file of the guest's.
+struct GuestFile {
+  std::string path; ///< Relative to the root; its folder is /, /bin or /dev.
+  std::string bytes;
+};
+
+/// An initial file system: busybox, the script that is all of the guest's user space, and `more`.
+[[nodiscard]] std::string initial_file_system(std::string_view busybox, std::string_view init,
+                                              const std::vector<GuestFile>& more = {});
+
+/// The kernel's parameters for a guest whose console is read and that ends by a reset; the way of the reset (Linux's
+/// parameter `reboot`) comes after it.
+// Without CMPXCHG16B, after which QEMU's emulated processor (7.2, in the lab) once came back from an exit with flags
+// that were none: a double fault in the guest.
+inline constexpr const char* linux_command_line = "console=ttyS0 quiet panic=-1 clearcpuid=cx16 reboot=";
+
+/// Needs KVM.
+class Linux : public ::testing::Test {
+protected:
+  void SetUp() override;
+};
+
+/// Boots the kernel that CPPVMM_LINUX names; skipped, saying so, without one.
+class LinuxBoots : public Linux {
+protected:
+  void SetUp() override;
+
+  const std::string kernel;
+  const std::string busybox;
+
+  LinuxBoots();
+};
+
+} // namespace cppvmm::testing
