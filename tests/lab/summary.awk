@@ -1,5 +1,6 @@
-# What tests.sh printed, a line for each program. Variables: name (of the kernel), expected (the programs, by spaces).
-# Status 1: not everything passed.
+# What tests.sh printed, a line for each program. Variables: name (of the kernel), expected (the programs, by spaces),
+# kvm (those of them that are labelled so in ctest), counts (a file for `passed failed skipped kvm`: of all tests, and
+# how many of the labelled ran). Status 1: not everything passed.
 
 # A machine that stopped was started again.
 /^lab: kernel / { delete passed; delete failed; delete skipped; delete names; delete ended }
@@ -27,6 +28,7 @@ END {
     if (!ended[program]) {
       print name " " program ": did not come to its end"
       bad = 1
+      total_failed++
       continue
     }
     if (status[program] != 0 && !failed[program]) {
@@ -36,6 +38,11 @@ END {
     if (failed[program] || !passed[program]) bad = 1
     printf "%s %s: %d passed, %d failed, %d skipped; %d s%s\n", name, program, passed[program], failed[program],
       skipped[program], seconds[program], names[program]
+    total_passed += passed[program]
+    total_failed += failed[program]
+    total_skipped += skipped[program]
+    if (index(" " kvm " ", " " program " ")) on_kvm += passed[program] + failed[program]
   }
+  print total_passed + 0, total_failed + 0, total_skipped + 0, on_kvm + 0 >counts
   exit bad
 }
