@@ -21,8 +21,9 @@ if [ ! -c /dev/kvm ]; then
   exit 1
 fi
 
-# The kernel that guests boot is the machine's own.
+# The kernel that guests boot is the machine's own; the modules that they load are built for it.
 if [ -e /vmlinuz ]; then export CPPVMM_LINUX=/vmlinuz; fi
+if [ -e /guests ]; then export CPPVMM_GUEST_MODULES=/guests; fi
 
 # Several thousand, on a processor that is emulated, would take longer than all the rest.
 export CPPVMM_ORACLE_CASES=400
