@@ -68,4 +68,32 @@ void LinuxBoots::SetUp() {
   if (!std::filesystem::exists(busybox)) GTEST_SKIP() << "CPPVMM_BUSYBOX: there is no " << busybox;
 }
 
+LinuxLoads::LinuxLoads() : modules(variable("CPPVMM_GUEST_MODULES", "")) {}
+
+void LinuxLoads::SetUp() {
+  LinuxBoots::SetUp();
+  if (IsSkipped()) return;
+  if (modules.empty())
+    GTEST_SKIP() << "CPPVMM_GUEST_MODULES names no folder of modules to load (./dev lab builds them)";
+}
+
+GuestFile LinuxLoads::module(const std::string& name) const {
+  const std::string path = modules + "/" + name + ".ko";
+  EXPECT_TRUE(std::filesystem::exists(path)) << path;
+  return {.path = name + ".ko", .bytes = contents(path)};
+}
+
+std::vector<nlohmann::json> module_results(std::string_view console) {
+  constexpr std::string_view begin = "cppvmm: {";
+  std::vector<nlohmann::json> results;
+  for (std::size_t at = console.find(begin); at != std::string_view::npos; at = console.find(begin, at + 1)) {
+    const std::string_view line =
+        console.substr(at + begin.size() - 1, console.find_first_of("\r\n", at) - at - begin.size() + 1);
+    const auto result = nlohmann::json::parse(line, nullptr, false);
+    EXPECT_FALSE(result.is_discarded()) << line;
+    if (!result.is_discarded()) results.push_back(result);
+  }
+  return results;
+}
+
 } // namespace cppvmm::testing

@@ -1,9 +1,11 @@
 // Linux guests in cppvmm-boot. CPPVMM_LINUX names a bzImage, as distributions have it; CPPVMM_BUSYBOX a busybox that is
-// linked statically (default: /bin/busybox), for the guest's programs.
+// linked statically (default: /bin/busybox), for the guest's programs; CPPVMM_GUEST_MODULES the folder of the modules
+// of tests/guests/linux, built for that kernel.
 #pragma once
 
 #include <filesystem>
 #include <gtest/gtest.h>
+#include <nlohmann/json.hpp>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -58,5 +60,21 @@ protected:
 
   LinuxBoots();
 };
+
+/// Boots it with modules; skipped, saying so, when they are not built.
+class LinuxLoads : public LinuxBoots {
+protected:
+  void SetUp() override;
+
+  /// A module as a file of the guest's, at its root.
+  [[nodiscard]] GuestFile module(const std::string& name) const;
+
+  const std::string modules;
+
+  LinuxLoads();
+};
+
+/// The lines that modules put on the console, in order.
+[[nodiscard]] std::vector<nlohmann::json> module_results(std::string_view console);
 
 } // namespace cppvmm::testing
