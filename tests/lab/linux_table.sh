@@ -1,0 +1,43 @@
+#!/bin/sh
+# linux_table.sh: what the answer is worth to Linux, inside the machine; its shell is busybox's. A guest of 2 GiB boots,
+# loads the module zeroed_memory, and ends: a row of a Markdown table for each transport and backing.
+set -u
+
+mkdir -p /tmp/root/bin /tmp/root/dev
+cp /bin/busybox /tmp/root/bin/
+cp /guests/zeroed_memory.ko /tmp/root/
+cat >/tmp/root/init <<'INIT'
+#!/bin/busybox sh
+/bin/busybox insmod /zeroed_memory.ko
+/bin/busybox reboot -f
+INIT
+chmod +x /tmp/root/init
+(cd /tmp/root && find . | cpio -o -H newc 2>/dev/null) >/tmp/initrd
+
+figure() { sed -n "s/^  \"$1\": \(.*[^,]\),*$/\1/p" /tmp/figures; }
+answer() { sed -n "s/.*cppvmm: {.*\"$1\": \([^,}]*\).*/\1/p" /tmp/console; }
+
+echo "| host and guest | transport | backing | reported pages with data | of the guest's free pages | ranges | survey |"
+echo "| --- | --- | --- | --- | --- | --- | --- |"
+failed=0
+for transport in kernel user; do
+  for backing in anonymous memfd; do
+    /cppvmm-boot --memory 2G --backing $backing --hypercalls $transport --kernel /vmlinuz --initrd /tmp/initrd \
+      --append 'console=ttyS0 quiet panic=-1 clearcpuid=cx16 reboot=kbd' --audit --json /tmp/figures \
+      >/dev/null 2>/tmp/console
+    status=$?
+    if grep -q 'KVM does not forward' /tmp/console; then continue; fi
+    if [ $status != 0 ] || [ -z "$(answer data_pages)" ]; then
+      echo "linux_table.sh: $transport, $backing: status $status" >&2
+      cat /tmp/console >&2
+      failed=1
+      continue
+    fi
+    awk -v row="$(uname -r) | $transport | $backing | $(answer data_pages) by the guest, $(figure unsound_pages) by the audit" \
+      -v reported="$(answer free_reported_pages)" -v buddy="$(answer buddy_pages)" -v cached="$(answer cached_pages)" \
+      -v ranges="$(answer ranges)" -v survey="$(figure survey_us)" \
+      'BEGIN { printf "| %s | %d of %d: %.1f %% | %d | %.1f ms |\n", row, reported, buddy + cached,
+        100 * reported / (buddy + cached), ranges, survey / 1000 }'
+  done
+done
+exit $failed
