@@ -65,7 +65,6 @@ HvResult<Hyperv> Hyperv::create(Vm& vm, const GuestMemory& memory, HvOptions opt
     if (auto taken = vm.take_hyperv_msrs(); !taken)
       return failed("hypercall transport 'user': take the Hyper-V MSRs", taken.error());
   return Hyperv(std::make_unique<State>(State{.transport = *transport,
-
                                               .hypercalls = std::move(*hypercalls),
                                               .interface = HypervInterface(memory, user_hypercall_code()),
                                               .enforces_cpuid = kvm.hyperv_enforce_cpuid}));
@@ -98,6 +97,7 @@ HvResult<bool> Hyperv::State::answer(Vcpu& vcpu, const Hypercall& call) {
     constexpr std::uint64_t enabled = 1;
     hypercalls.set_hypercall_page((*value & enabled) != 0 ? std::optional(GuestAddress(*value).page()) : std::nullopt);
   } else {
+    if (!interface.takes_hypercalls()) return handled(vcpu.refuse_hypercall(), "refuse a hypercall");
     hypercalls.set_hypercall_page(interface.hypercall_page());
   }
   const HypercallResult result =
@@ -126,6 +126,13 @@ HvResult<bool> Hyperv::handle(Vcpu& vcpu, const Exit& exit) {
   return std::visit([&](const auto& each) { return state_->answer(vcpu, each); }, exit);
 }
 
-void Hyperv::reset() { state_->interface.reset(); }
+HvResult<void> Hyperv::reset(Vcpu& vcpu) {
+  state_->interface.reset();
+  if (state_->transport != HypercallTransport::kernel) return {};
+  // Both are the VM's, by whichever vCPU they are set. KVM ignores writes to HYPERCALL without an OS ID.
+  constexpr std::array<MsrEntry, 2> at_power_on = {{{hv_msr_hypercall, 0}, {hv_msr_guest_os_id, 0}}};
+  if (auto set = vcpu.set_msrs(at_power_on); !set) return failed("reset KVM's Hyper-V MSRs", set.error());
+  return {};
+}
 
 } // namespace cppvmm

@@ -33,11 +33,19 @@ public:
   [[nodiscard]] HvResult<void> prepare(Vcpu& vcpu, std::vector<CpuidEntry> cpuid) const;
 
   /// Answers an exit that concerns Hyper-V: a hypercall, or an access to one of its MSRs. False when the exit is the
-  /// VMM's own to handle.
+  /// VMM's own to handle. Transport `user`: a hypercall while GUEST_OS_ID is 0 is #UD.
   [[nodiscard]] HvResult<bool> handle(Vcpu& vcpu, const Exit& exit);
 
-  /// Forgets what the guest set up, as on a reset of the machine. Transport `kernel`: the VMM resets KVM's MSRs.
-  void reset();
+  /// Forgets what the guest set up: GUEST_OS_ID and HYPERCALL are 0 (and not locked), as at power-on, over either
+  /// transport. From now on no hypercall arrives, from an old hypercall page neither, until the guest writes its OS ID
+  /// again. The counts go on.
+  ///
+  /// For a reset of the machine in place, once all its vCPUs have stopped and none is in `handle`: an answer in
+  /// progress would go to memory of the next boot's. `vcpu` is any of the VM's. The VMM sets back what else there is:
+  /// guest memory (GuestMemory::reset), and each vCPU's registers and pending events, after its last exit was finished:
+  /// one that was answered, and not run on from, changes them once more (a hypercall: RAX and RIP). Vcpu::run does
+  /// that, and returns before the guest executes anything, when a stop was requested before.
+  [[nodiscard]] HvResult<void> reset(Vcpu& vcpu);
 
 private:
   struct State;

@@ -108,6 +108,11 @@ std::optional<PageNumber> HypervInterface::hypercall_page() const {
   return GuestAddress(state_->hypercall).page();
 }
 
+bool HypervInterface::takes_hypercalls() const {
+  const std::lock_guard lock(state_->mutex);
+  return state_->guest_os_id != 0;
+}
+
 void HypervInterface::reset() {
   const std::lock_guard lock(state_->mutex);
   state_->guest_os_id = 0;

@@ -55,7 +55,13 @@ public:
   /// Where the hypercall page is, if enabled.
   [[nodiscard]] std::optional<PageNumber> hypercall_page() const;
 
-  /// Back to the state at power-on.
+  /// Whether the guest has said who it is: GUEST_OS_ID is not 0. Until then a hypercall is #UD, whatever code leads to
+  /// it: a page that was enabled before a reset holds its code still. As in KVM, where a page that is only disabled
+  /// goes on calling.
+  [[nodiscard]] bool takes_hypercalls() const;
+
+  /// Back to the state at power-on: both MSRs are 0, and no longer locked. Guest memory stays as it is. For a reset of
+  /// the machine in place, once its vCPUs have stopped: an answer in progress would go to memory of the next boot's.
   void reset();
 
 private:

@@ -104,6 +104,19 @@ TEST_F(Interface, LocksThePageUntilReset) {
   EXPECT_TRUE(holds_code(0x5000));
 }
 
+TEST_F(Interface, TakesNoHypercallsBeforeTheGuestSaidWhoItIsNorAfterAReset) {
+  EXPECT_FALSE(hyperv.takes_hypercalls());
+  ASSERT_TRUE(hyperv.write_msr(hv_msr_guest_os_id, 1));
+  ASSERT_TRUE(hyperv.write_msr(hv_msr_hypercall, 0x3003));
+  EXPECT_TRUE(hyperv.takes_hypercalls());
+  hyperv.reset();
+  EXPECT_FALSE(hyperv.takes_hypercalls());
+  EXPECT_EQ(hyperv.read_msr(0, hv_msr_guest_os_id), 0U);
+  EXPECT_EQ(hyperv.read_msr(0, hv_msr_hypercall), 0U);
+  EXPECT_EQ(hyperv.hypercall_page(), std::nullopt);
+  EXPECT_TRUE(holds_code(0x3000)) << "memory is the VMM's to discard";
+}
+
 TEST_F(Interface, RefusesAPageThatIsNotTheGuestsToWrite) {
   ASSERT_TRUE(hyperv.write_msr(hv_msr_guest_os_id, 1));
   ASSERT_TRUE(hyperv.write_msr(hv_msr_hypercall, 0x3001));

@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <map>
 #include <optional>
+#include <string>
 #include <sys/mman.h>
 #include <vector>
 
@@ -33,19 +34,22 @@ void wrmsr(Code& code, std::uint32_t msr, std::uint64_t value) {
 }
 
 /// A call through the hypercall page, then OUT, so that the VMM can look at the result.
-void hypercall(Code& code, std::uint64_t control, std::uint64_t output) {
-  code.raw({0x48, 0xB9}).value(control);                          // mov rcx
-  code.raw({0x31, 0xD2});                                         // xor edx, edx
-  code.raw({0x49, 0xB8}).value(output);                           // mov r8
-  code.raw({0x48, 0xB8}).value(hypercall_page).raw({0xFF, 0xD0}); // mov rax; call rax
+void hypercall(Code& code, std::uint64_t control, std::uint64_t output, std::uint64_t page = hypercall_page) {
+  code.raw({0x48, 0xB9}).value(control);                // mov rcx
+  code.raw({0x31, 0xD2});                               // xor edx, edx
+  code.raw({0x49, 0xB8}).value(output);                 // mov r8
+  code.raw({0x48, 0xB8}).value(page).raw({0xFF, 0xD0}); // mov rax; call rax
   code.out(answer_port);
 }
 
+/// OUT with the low half of an MSR in EAX.
+void show_msr(Code& code, std::uint32_t msr) { code.mov_ecx(msr).raw({0x0F, 0x32}).out(answer_port); }
+
 /// Sets the Hyper-V interface up.
-Code introduction() {
+Code introduction(std::uint64_t page = hypercall_page) {
   Code code;
   wrmsr(code, hv_msr_guest_os_id, 0x8100'0000'0000'0001);
-  wrmsr(code, hv_msr_hypercall, hypercall_page | 1);
+  wrmsr(code, hv_msr_hypercall, page | 1);
   return code;
 }
 
@@ -74,6 +78,20 @@ protected:
     const auto prepared = hyperv->prepare(*vcpu, *kvm->supported_cpuid());
     ASSERT_TRUE(prepared) << prepared.error().message();
     load(code);
+    ASSERT_KVM_OK(start_long_mode(*vcpu));
+  }
+
+  /// As an embedder resets a machine in place, and starts `code` then.
+  void reset(const Code& code) {
+    // What the last exit left open would change the registers once more.
+    vcpu->stop_handle().request_stop();
+    ASSERT_RUN(Interrupted, interrupted, *vcpu);
+    ASSERT_TRUE(interrupted.stop_requested);
+    const auto done = hyperv->reset(*vcpu);
+    ASSERT_TRUE(done) << done.error().message();
+    write_guest_tables(memory);
+    load(code);
+    ended_by.reset();
     ASSERT_KVM_OK(start_long_mode(*vcpu));
   }
 
@@ -202,9 +220,9 @@ TEST_P(HypervOver, DeniesWhatIsOff) {
 
 TEST_P(HypervOver, ShowsItsVpIndexAndMsrs) {
   Code code = introduction();
-  code.mov_ecx(hv_msr_vp_index).raw({0x0F, 0x32}).out(answer_port);
-  code.mov_ecx(hv_msr_hypercall).raw({0x0F, 0x32}).out(answer_port);
-  code.mov_ecx(hv_msr_guest_os_id).raw({0x0F, 0x32}).out(answer_port);
+  show_msr(code, hv_msr_vp_index);
+  show_msr(code, hv_msr_hypercall);
+  show_msr(code, hv_msr_guest_os_id);
   start(code.hlt());
   EXPECT_EQ(run_to_end(), (std::vector<std::uint64_t>{0, hypercall_page | 1, 1}));
 }
@@ -232,6 +250,111 @@ TEST_P(HypervOver, GivesGeneralProtectionForMsrsThatItDoesNotHave) {
   start(code.hlt());
   EXPECT_TRUE(run_to_end().empty());
   EXPECT_TRUE(ended_with(ExceptionVector::general_protection));
+}
+
+// The code of the first boot's hypercall page is there still, for nobody discards the memory.
+TEST_P(HypervOver, ResetInPlaceTakesNoCallUntilTheGuestIntroducesItselfAgain) {
+  constexpr std::uint64_t second_page = 0x50000;
+  Code first = introduction();
+  hypercall(first, 0x8001, query_output);
+  start(first.hlt());
+  EXPECT_EQ(run_to_end(), (std::vector<std::uint64_t>{0}));
+  EXPECT_EQ(memory.read<std::uint64_t>(query_output), 1U);
+  const auto old_code = memory.read<std::uint64_t>(hypercall_page);
+  EXPECT_NE(old_code, 0U);
+
+  memory.write(query_output, std::uint64_t{0});
+  Code uninvited;
+  show_msr(uninvited, hv_msr_guest_os_id);
+  show_msr(uninvited, hv_msr_hypercall);
+  hypercall(uninvited, 0x8001, query_output);
+  reset(uninvited.hlt());
+  const auto answers = run_to_end();
+  ASSERT_GE(answers.size(), 2U);
+  EXPECT_EQ(answers[0], 0U);
+  EXPECT_EQ(answers[1], 0U);
+  EXPECT_EQ(memory.read<std::uint64_t>(hypercall_page), old_code);
+  if (GetParam() == HypercallTransport::user) {
+    EXPECT_TRUE(ended_with(ExceptionVector::invalid_opcode));
+  } else {
+    // KVM takes it for one of its own hypercalls, of a number that it does not have: -KVM_ENOSYS (linux/kvm_para.h).
+    EXPECT_EQ(answers.back(), static_cast<std::uint64_t>(-1000));
+  }
+  EXPECT_EQ(hyperv->hypercalls().counts().query_capabilities, 1U) << "nobody was asked";
+  EXPECT_EQ(memory.read<std::uint64_t>(query_output), 0U);
+
+  Code second = introduction(second_page);
+  hypercall(second, 0x8001, query_output, second_page);
+  hypercall(second, 0x8002, boot_zeroed_output, second_page);
+  show_msr(second, hv_msr_hypercall);
+  reset(second.hlt());
+  EXPECT_EQ(run_to_end(), (std::vector<std::uint64_t>{0, 0, second_page | 1}));
+  EXPECT_EQ(memory.read<std::uint64_t>(query_output), 1U);
+  EXPECT_EQ(hyperv->hypercalls().counts().query_capabilities, 2U);
+  EXPECT_EQ(hyperv->hypercalls().counts().get_boot_zeroed_memory, 1U);
+}
+
+// The vCPU stopped between a hypercall's answer and the guest's next instruction.
+TEST_P(HypervOver, ResetInPlaceDropsTheResultOfACallInProgress) {
+  Code first = introduction();
+  hypercall(first, 0x8001, query_output);
+  start(first.hlt());
+  for (;;) {
+    const auto exit = run_on(*vcpu);
+    ASSERT_TRUE(exit) << exit.error().message();
+    const auto handled = hyperv->handle(*vcpu, *exit);
+    ASSERT_TRUE(handled) << handled.error().message();
+    ASSERT_TRUE(*handled) << exit_name(*exit);
+    if (std::holds_alternative<Hypercall>(*exit)) break;
+  }
+  Code second;
+  second.out(answer_port); // RAX as it was set
+  show_msr(second, hv_msr_guest_os_id);
+  reset(second.hlt());
+  ASSERT_KVM_OK(vcpu->set_registers({.rax = 0x55, .rsp = layout::stack, .rip = layout::code}));
+  EXPECT_EQ(run_to_end(), (std::vector<std::uint64_t>{0x55, 0}));
+}
+
+TEST_P(HypervOver, ResetInPlaceUnlocksTheHypercallPage) {
+  Code first;
+  wrmsr(first, hv_msr_guest_os_id, 1);
+  wrmsr(first, hv_msr_hypercall, hypercall_page | 3);
+  show_msr(first, hv_msr_hypercall);
+  start(first.hlt());
+  EXPECT_EQ(run_to_end(), (std::vector<std::uint64_t>{hypercall_page | 3}));
+  Code second = introduction(0x50000);
+  show_msr(second, hv_msr_hypercall);
+  reset(second.hlt());
+  EXPECT_EQ(run_to_end(), (std::vector<std::uint64_t>{0x50001}));
+}
+
+// What it tells in the second boot is as much as in the first, once the first one's memory was discarded.
+TEST_P(HypervOver, ResetInPlaceAnswersTheNextBootAsTheFirst) {
+  Code code = introduction();
+  hypercall(code, 0x8002, boot_zeroed_output);
+  for (std::uint64_t page = 0x60; page < 0x80; ++page) // dirty it: mov [page], eax
+    code.raw({0x48, 0xA3}).value(page << 12);
+  std::vector<std::vector<PageRange>> ranges;
+  start(code.hlt(), {.on_boot_zeroed = [&](const BootZeroedAnswer& answer) { ranges.push_back(answer.ranges); }});
+  EXPECT_EQ(run_to_end(), (std::vector<std::uint64_t>{0}));
+  const auto discarded = guest_memory.reset();
+  ASSERT_TRUE(discarded) << discarded.error().message();
+  reset(code);
+  EXPECT_EQ(run_to_end(), (std::vector<std::uint64_t>{0}));
+  ASSERT_EQ(ranges.size(), 2U);
+  EXPECT_EQ(ranges[0], ranges[1]);
+  std::uint64_t pages = 0;
+  for (const auto& range : ranges[1])
+    pages += range.count();
+  EXPECT_GT(pages, (memory.size() >> 12) - 16);
+}
+
+TEST_P(HypervOver, TakesNoCallBeforeTheGuestSaidWhoItIs) {
+  if (GetParam() == HypercallTransport::kernel) GTEST_SKIP() << "a trap that the guest makes by itself is KVM's";
+  start(Code().out(user_hypercall_port).hlt());
+  EXPECT_TRUE(run_to_end().empty());
+  EXPECT_TRUE(ended_with(ExceptionVector::invalid_opcode));
+  EXPECT_EQ(hyperv->hypercalls().counts().other, 0U);
 }
 
 INSTANTIATE_TEST_SUITE_P(Transports, HypervOver, testing::Values(HypercallTransport::kernel, HypercallTransport::user),
