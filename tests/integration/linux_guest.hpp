@@ -38,6 +38,10 @@ struct GuestFile {
 [[nodiscard]] std::string initial_file_system(std::string_view busybox, std::string_view init,
                                               const std::vector<GuestFile>& more = {});
 
+/// A bzImage as small as one can be: its kernel is `code`, of at most 0xE00 bytes, entered in 64-bit mode with RSI at
+/// the zero page.
+[[nodiscard]] std::string small_image(std::string_view code);
+
 /// The kernel's parameters for a guest whose console is read and that ends by a reset; the way of the reset (Linux's
 /// parameter `reboot`) comes after it.
 // Without CMPXCHG16B, after which QEMU's emulated processor (7.2, in the lab) once came back from an exit with flags

@@ -40,34 +40,6 @@ TEST_F(Linux, AnImageThatIsNoneIsOneLine) {
   }
 }
 
-/// A bzImage as small as one can be: its kernel is `code`, entered in 64-bit mode with RSI at the zero page.
-std::string small_image(std::string_view code) {
-  constexpr std::size_t setup = 2 * 512;
-  constexpr std::size_t kernel = 0x1000;
-  std::string file(setup + kernel, '\0');
-  // Documentation/arch/x86/boot.rst, "The Real-Mode Kernel Header".
-  const auto put = [&](std::size_t at, std::uint64_t value, std::size_t bytes) {
-    for (std::size_t i = 0; i < bytes; ++i)
-      file[at + i] = static_cast<char>(value >> 8 * i);
-  };
-  put(0x1F1, 1, 1);           // setup_sects
-  put(0x1F4, kernel / 16, 4); // syssize
-  put(0x1FE, 0xAA55, 2);      // boot_flag
-  put(0x200, 0x6AEB, 2);      // jump
-  put(0x202, 0x5372'6448, 4); // header
-  put(0x206, 0x020F, 2);      // version
-  put(0x211, 1, 1);           // loadflags: loaded high
-  put(0x22C, 0x7FFF'FFFF, 4); // initrd_addr_max
-  put(0x230, 0x20'0000, 4);   // kernel_alignment
-  put(0x234, 1, 1);           // relocatable_kernel
-  put(0x236, 1, 2);           // xloadflags: 64-bit entry point
-  put(0x238, 255, 4);         // cmdline_size
-  put(0x258, 0x100'0000, 8);  // pref_address
-  put(0x260, kernel, 4);      // init_size
-  file.replace(setup + 0x200, code.size(), code);
-  return file;
-}
-
 TEST_F(Linux, TheKernelHasItsZeroPageItsConsoleAndItsReset) {
   using std::string_view_literals::operator""sv;
   const File image("small", small_image("\x48\x8D\xB6\x02\x02\x00\x00" // lea rsi, [rsi + 0x202]
