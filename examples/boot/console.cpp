@@ -45,8 +45,9 @@ struct ConsoleInput::State : std::enable_shared_from_this<State> {
   }
 
   void deliver() {
+    if (!input.is_open()) return; // gone, while this was on its way
     waiting = waiting.subspan(receive(waiting));
-    if (waiting.empty() && input.is_open()) read();
+    if (waiting.empty()) read();
   }
 };
 

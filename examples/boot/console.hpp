@@ -18,7 +18,8 @@ void write_to_console(int descriptor, char character);
 class ConsoleInput {
 public:
   /// `receive` takes bytes and says how many it took; those that it did not are kept until `resume`. Called by the
-  /// thread that runs `io`.
+  /// thread that runs `io`, where the object is destroyed too: then nothing is received any more, and what was kept is
+  /// lost.
   ConsoleInput(boost::asio::io_context& io, std::function<std::size_t(std::span<const char>)> receive);
   ConsoleInput(const ConsoleInput&) = delete;
   ConsoleInput& operator=(const ConsoleInput&) = delete;

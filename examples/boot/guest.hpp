@@ -26,7 +26,8 @@ using Result = std::expected<T, Failure>;
 [[nodiscard]] std::string describe_exit(const Exit& exit);
 
 /// A guest: what it starts with, which exits it has a use for, and what is known of it in the end. The machine calls
-/// the members in this order, on one thread; on_exit on the vCPUs' threads, between begin and end.
+/// the members in this order, and all but `ram` and `lives_in` again for each boot, one at a time; on_exit on the
+/// vCPUs' threads, between begin and end.
 class Guest {
 public:
   Guest() = default;
@@ -39,22 +40,24 @@ public:
   /// Pages that leftovers are kept out of.
   [[nodiscard]] virtual zeroing::Pages lives_in() const { return {}; }
   /// Puts what the guest starts with into its memory, which is all zero but for leftovers and is there until `end`.
+  /// Called for one boot more than Options::resets.
   [[nodiscard]] virtual Result<void> load(const GuestMemory& memory) = 0;
-  /// Adds devices to the VM, which has its memory and no vCPU yet. `vm` is there until `end`.
-  [[nodiscard]] virtual Result<void> add_devices(Vm& /*vm*/) { return {}; }
+  /// Puts the devices into the state that they have at power-on, and adds them to the VM, which has its memory and no
+  /// vCPU yet. `vm` is there until `end`.
+  [[nodiscard]] virtual Result<void> add_devices(Vm& vm) = 0;
   /// What this vCPU's CPUID tells, but for Hyper-V's leaves.
   [[nodiscard]] virtual std::vector<CpuidEntry> cpuid(std::vector<CpuidEntry> supported, std::uint32_t /*id*/) const {
     return supported;
   }
   /// Gives a vCPU the registers that it starts with.
   [[nodiscard]] virtual Result<void> set_registers(Vcpu& vcpu) = 0;
-  /// What goes on beside the vCPUs, on the thread that runs `io`.
+  /// What goes on beside the vCPUs. On the thread that runs `io`, as `end` is.
   virtual void begin(boost::asio::io_context& /*io*/) {}
   /// Handles an exit that does not concern Hyper-V; an error ends the run and is its failure.
   [[nodiscard]] virtual std::expected<VcpuAction, std::string> on_exit(Vcpu& vcpu, const Exit& exit) = 0;
-  /// The vCPUs are about to end or have ended: nothing of begin may stay in the io_context. Called once at least.
+  /// The vCPUs are about to end or have ended: nothing of begin may do anything any more. May be called again.
   virtual void end() {}
-  /// Adds what is known of the guest; an error when it did not come to its end.
+  /// Adds what is known of the guest; an error when it did not come to its end, which Options::resets can start anew.
   [[nodiscard]] virtual Result<void> collect(const MemoryMap& map, RunFigures& figures) = 0;
 };
 

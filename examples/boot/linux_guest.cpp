@@ -130,8 +130,9 @@ class LinuxGuest final : public Guest {
 public:
   LinuxGuest(const Options& options, std::vector<zeroing::Pages> ram, std::vector<std::byte> kernel,
              std::vector<std::byte> initrd, LinuxImage image, LinuxPlan plan)
-      : cpus_(options.cpus), console_(options.json == "-" ? STDERR_FILENO : STDOUT_FILENO), ram_(std::move(ram)),
-        kernel_(std::move(kernel)), initrd_(std::move(initrd)), image_(image), plan_(std::move(plan)) {}
+      : cpus_(options.cpus), boots_left_(std::uint64_t{options.resets} + 1),
+        console_(options.json == "-" ? STDERR_FILENO : STDOUT_FILENO), ram_(std::move(ram)), kernel_(std::move(kernel)),
+        initrd_(std::move(initrd)), image_(image), plan_(std::move(plan)) {}
 
   [[nodiscard]] const std::vector<zeroing::Pages>& ram() const override { return ram_; }
 
@@ -145,6 +146,7 @@ public:
     if (auto loaded = put(plan_.kernel, image_.kernel); !loaded) return loaded;
     if (!initrd_.empty())
       if (auto loaded = put(plan_.initrd, initrd_); !loaded) return loaded;
+    if (--boots_left_ != 0) return {};
     image_ = {};
     kernel_ = {};
     initrd_ = {};
@@ -152,7 +154,17 @@ public:
   }
 
   [[nodiscard]] Result<void> add_devices(Vm& vm) override {
-    vm_ = &vm;
+    clock_index_ = 0;
+    reset_ = false;
+    serial_.emplace(Serial::Callbacks{
+        .transmit = [this](char character) { write_to_console(console_, character); },
+        .interrupt =
+            [this, &vm](bool active) {
+              if (auto set = vm.set_interrupt_line(serial_interrupt, active); !set)
+                interrupt_error_ = set.error().os_error;
+            },
+        .room = [this] { room_for_input(); },
+    });
     if (auto set = vm.set_identity_map_address(identity_map_address); !set) return failure(set.error().message());
     if (auto set = vm.set_tss_address(tss_address); !set) return failure(set.error().message());
     if (auto made = vm.create_interrupt_controller(); !made) return failure(made.error().message());
@@ -187,7 +199,8 @@ public:
 
   void begin(boost::asio::io_context& io) override {
     const std::lock_guard lock(input_mutex_);
-    input_ = std::make_shared<ConsoleInput>(io, [this](std::span<const char> bytes) { return serial_.receive(bytes); });
+    input_ =
+        std::make_shared<ConsoleInput>(io, [this](std::span<const char> bytes) { return serial_->receive(bytes); });
   }
 
   void end() override {
@@ -216,7 +229,7 @@ private:
     constexpr std::uint8_t keyboard_reset = 0xFE; // pulses the line that resets the processor
     constexpr std::uint8_t reset_now = 0x04;
     if (port >= serial_port && port - serial_port < Serial::ports)
-      serial_.write(port - serial_port, value);
+      serial_->write(port - serial_port, value);
     else if (port == clock_index_port)
       clock_index_ = value & 0x7F;
     else if ((port == keyboard_port && value == keyboard_reset) || (port == reset_port && (value & reset_now) != 0))
@@ -224,7 +237,7 @@ private:
   }
 
   [[nodiscard]] std::uint8_t read_byte(std::uint16_t port) {
-    if (port >= serial_port && port - serial_port < Serial::ports) return serial_.read(port - serial_port);
+    if (port >= serial_port && port - serial_port < Serial::ports) return serial_->read(port - serial_port);
     switch (port) {
     case clock_data_port:
       return read_clock_chip(clock_index_, std::time(nullptr));
@@ -259,25 +272,19 @@ private:
   }
 
   std::uint32_t cpus_;
+  std::uint64_t boots_left_; // to be loaded for
   int console_;
   std::vector<zeroing::Pages> ram_;
-  std::vector<std::byte> kernel_; // these three until they are loaded
+  std::vector<std::byte> kernel_; // these three until they are loaded for the last time
   std::vector<std::byte> initrd_;
   LinuxImage image_; // of kernel_
   LinuxPlan plan_;
-  Vm* vm_ = nullptr;
   std::mutex input_mutex_;
   std::shared_ptr<ConsoleInput> input_;
   std::atomic<int> interrupt_error_ = 0;
   std::atomic<bool> reset_ = false;
   std::atomic<std::uint8_t> clock_index_ = 0;
-  Serial serial_{{.transmit = [this](char character) { write_to_console(console_, character); },
-                  .interrupt =
-                      [this](bool active) {
-                        if (auto set = vm_->set_interrupt_line(serial_interrupt, active); !set)
-                          interrupt_error_ = set.error().os_error;
-                      },
-                  .room = [this] { room_for_input(); }}};
+  std::optional<Serial> serial_;
 };
 
 } // namespace

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <array>
+#include <boost/asio/executor_work_guard.hpp>
 #include <boost/asio/io_context.hpp>
 #include <boost/asio/post.hpp>
 #include <boost/asio/signal_set.hpp>
@@ -12,11 +13,14 @@
 #include <chrono>
 #include <csignal>
 #include <cstdint>
+#include <cstdio>
+#include <cstdlib>
 #include <exception>
 #include <memory>
 #include <mutex>
 #include <optional>
 #include <ratio>
+#include <span>
 #include <stop_token>
 #include <sys/utsname.h>
 #include <thread>
@@ -63,23 +67,23 @@ public:
     const std::scoped_lock lock(mutex_);
     if (!failure_) failure_ = std::move(text);
   }
-  void answered(AnswerFigures answer) {
+  void answered(std::uint32_t boot, AnswerFigures answer) {
     const std::scoped_lock lock(mutex_);
-    answer_ = std::move(answer);
+    answers_.add(boot, std::move(answer));
   }
   [[nodiscard]] std::optional<std::string> failure() const {
     const std::scoped_lock lock(mutex_);
     return failure_;
   }
-  [[nodiscard]] std::optional<AnswerFigures> answer() const {
+  [[nodiscard]] AnswerLog answers() const {
     const std::scoped_lock lock(mutex_);
-    return answer_;
+    return answers_;
   }
 
 private:
   mutable std::mutex mutex_;
   std::optional<std::string> failure_;
-  std::optional<AnswerFigures> answer_;
+  AnswerLog answers_;
 };
 
 /// Adds to `figures` what only a look at the memory tells; an error is one line.
@@ -104,8 +108,8 @@ std::expected<void, std::string> look_at_memory(const MemoryMap& map, AnswerFigu
 
 /// Called on a vCPU's thread between the answer and the guest's next instruction. The audit has a thread of its own,
 /// so that the vCPU's ticks are those of an answer without it.
-void on_answer(const BootZeroedAnswer& answer, const Options& options, const MemoryMap& map, Findings& findings,
-               const std::stop_token& stop) noexcept {
+void on_answer(const BootZeroedAnswer& answer, std::uint32_t boot, const Options& options, const MemoryMap& map,
+               Findings& findings, const std::stop_token& stop) noexcept {
   try {
     AnswerFigures figures = describe(answer);
     if (!options.map.empty()) figures.picture = picture_of(answer.survey);
@@ -120,7 +124,7 @@ void on_answer(const BootZeroedAnswer& answer, const Options& options, const Mem
       }).join();
       if (!looked) findings.fail(std::move(looked.error()));
     }
-    findings.answered(std::move(figures));
+    findings.answered(boot, std::move(figures));
   } catch (const std::exception& error) {
     findings.fail(std::string("audit: ") + error.what());
   }
@@ -136,6 +140,17 @@ Result<void> check_address_bits(std::span<const CpuidEntry> cpuid, const std::ve
   return failure("--memory is too much: guests here have " + std::to_string(bits) + " physical address bits");
 }
 
+/// What a power cycle replaces: all but the memory. A new VM, and not the old one set back: of what KVM keeps of a VM
+/// (interrupt controllers, timers, MSRs, events and exits that are pending) some has no call that sets it back, and all
+/// of it would have to be known here, on every kernel.
+struct Powered {
+  std::unique_ptr<Vm> vm;
+  std::optional<DirtyLog> dirty_log;
+  std::once_flag preparations_ended;
+  std::optional<Hyperv> hyperv;
+  std::vector<Vcpu> vcpus; ///< Until they are started.
+};
+
 class Machine {
 public:
   explicit Machine(const Options& options) : options_(options) {}
@@ -143,19 +158,145 @@ public:
   Result<void> build() {
     auto kvm = Kvm::open(options_.kvm_device.c_str());
     if (!kvm) return failure(explain_open(options_.kvm_device, kvm.error()));
+    kvm_.emplace(std::move(*kvm));
     auto guest = options_.kernel.empty() ? make_zeroing_guest(options_) : make_linux_guest(options_);
     if (!guest) return std::unexpected(std::move(guest.error()));
     guest_ = std::move(*guest);
-    auto cpuid = kvm->supported_cpuid();
+    auto cpuid = kvm_->supported_cpuid();
     if (!cpuid) return failure(cpuid.error().message());
-    if (auto fits = check_address_bits(*cpuid, guest_->ram()); !fits) return fits;
-    if (options_.cpus > kvm->capabilities().max_vcpus)
-      return failure("--cpus is too many: KVM gives a VM at most " + std::to_string(kvm->capabilities().max_vcpus));
+    cpuid_ = std::move(*cpuid);
+    if (auto fits = check_address_bits(cpuid_, guest_->ram()); !fits) return fits;
+    if (options_.cpus > kvm_->capabilities().max_vcpus)
+      return failure("--cpus is too many: KVM gives a VM at most " + std::to_string(kvm_->capabilities().max_vcpus));
 
     auto ram = make_ram(options_, guest_->ram());
     if (!ram) return failure(std::move(ram.error()));
     mappings_ = std::move(ram->mappings);
     memory_ = std::make_unique<GuestMemory>(std::move(ram->map));
+    figures_.options = options_;
+    figures_.vcpu_ticks.assign(options_.cpus, TickFigures());
+    return power_on();
+  }
+
+  Result<RunFigures> run() {
+    signals_.add(SIGINT);
+    signals_.add(SIGTERM);
+    signals_.async_wait([&](const boost::system::error_code& error, int number) {
+      if (!error) interrupt(number);
+    });
+    const auto started = Clock::now();
+    start();
+    io_.run();
+    const auto wall = Clock::now() - started;
+
+    if (signal_ != 0) return std::unexpected(interrupted());
+    if (auto text = findings_.failure()) return failure(std::move(*text));
+    figures_.wall_ms = Milliseconds(wall).count();
+    return collect();
+  }
+
+private:
+  // What follows, to `restart`, is done by the thread that runs io_.
+
+  void start() {
+    guest_->begin(io_);
+    auto group = VcpuGroup::start(
+        std::move(power_->vcpus), [this](Vcpu& vcpu, const Exit& exit) { return on_exit(vcpu, exit); },
+        io_.get_executor());
+    if (!group) {
+      findings_.fail("no vCPU threads: " + group.error().message());
+      return finish();
+    }
+    group_.emplace(std::move(*group));
+    group_->async_wait([this](const VcpuEnds& ends) {
+      note(ends);
+      if (signal_ != 0 || findings_.failure() || figures_.resets == options_.resets) return finish();
+      restart();
+    });
+  }
+
+  /// Nothing is left for io_ to do.
+  void finish() {
+    guest_->end();
+    signals_.cancel();
+    signals_.clear(); // what is left to do may simply be killed
+  }
+
+  void interrupt(int number) {
+    signals_.clear(); // a second one kills
+    signal_ = number;
+    // The guest's memory can take long to discard, and longer to populate, and has nobody to be left to in good order.
+    if (restarting_) {
+      const Failure why = interrupted();
+      std::fprintf(stderr, "cppvmm-boot: %s\n", why.text.c_str());
+      std::_Exit(why.status);
+    }
+    stop_.request_stop();
+    if (group_) group_->stop();
+  }
+
+  [[nodiscard]] Failure interrupted() const {
+    return {.status = 128 + signal_, .text = "interrupted, no figures were written"};
+  }
+
+  /// Every vCPU has ended. A power cycle follows on another thread, so that signals are heard meanwhile.
+  void restart() {
+    guest_->end();
+    restarting_ = true;
+    boost::asio::post(helpers_, [this, work = boost::asio::make_work_guard(io_)] {
+      try {
+        if (auto cycled = power_cycle(); !cycled) findings_.fail(std::move(cycled.error().text));
+      } catch (const std::exception& error) {
+        findings_.fail(std::string("reset: ") + error.what());
+      }
+      boost::asio::post(io_, [this] {
+        restarting_ = false;
+        if (findings_.failure()) return finish();
+        start();
+      });
+    });
+  }
+
+  /// Adds up what is counted of a boot.
+  void note(const VcpuEnds& ends) {
+    for (const auto& end : ends) {
+      if (end.error) findings_.fail("vCPU " + std::to_string(end.id) + ": " + end.error->message());
+      if (end.exception != nullptr) {
+        try {
+          std::rethrow_exception(end.exception);
+        } catch (const std::exception& error) {
+          findings_.fail("vCPU " + std::to_string(end.id) + ": " + error.what());
+        }
+      }
+      auto& ticks = figures_.vcpu_ticks.at(end.id);
+      if (ticks && end.ticks)
+        ticks = TickFigures{ticks->user + end.ticks->user, ticks->system + end.ticks->system};
+      else
+        ticks.reset();
+    }
+    if (!power_->hyperv) return;
+    const HypercallCounts counts = power_->hyperv->hypercalls().counts();
+    figures_.calls.query_capabilities += counts.query_capabilities;
+    figures_.calls.get_boot_zeroed_memory += counts.get_boot_zeroed_memory;
+    figures_.calls.other += counts.other;
+  }
+
+  /// Off and on again, if the guest came to its end. Memory is as new but for what a guest starts with.
+  Result<void> power_cycle() {
+    if (auto ended = guest_->collect(*memory_->snapshot(), figures_); !ended) return ended;
+    group_.reset();
+    power_.reset();
+    for (const auto map = memory_->snapshot(); const auto& region : map->regions())
+      memory_->disarm_write_watch(region.start());
+    if (auto discarded = memory_->reset(); !discarded) return failure("reset: " + discarded.error().message());
+    ++figures_.resets;
+    return power_on();
+  }
+
+  /// From memory that is all zero to vCPUs that can be started.
+  Result<void> power_on() {
+    if (auto prepared = prepare_ram(options_, *memory_->snapshot()); !prepared)
+      return failure(std::move(prepared.error()));
     for (const std::uint64_t page : spread_pages(guest_->ram(), options_.leftovers, guest_->lives_in())) {
       // Its last word, so that a look at a page's beginning would miss it.
       const GuestAddress at(page * page_size + page_size - sizeof page);
@@ -165,61 +306,24 @@ public:
     if (auto loaded = guest_->load(*memory_); !loaded) return loaded;
     if (auto marked = mark_what_was_loaded(); !marked) return marked;
 
-    auto vm = kvm->create_vm();
+    power_ = std::make_unique<Powered>();
+    auto vm = kvm_->create_vm();
     if (!vm) return failure("KVM makes no VM: " + vm.error().message());
-    vm_ = std::make_unique<Vm>(std::move(*vm));
+    power_->vm = std::make_unique<Vm>(std::move(*vm));
     std::vector<MemorySlot> slots;
     for (const auto map = memory_->snapshot(); const auto& region : map->regions()) {
       slots.push_back({.slot = static_cast<std::uint32_t>(slots.size()),
                        .guest_address = region.start().value(),
                        .bytes = region.bytes(),
                        .host_address = region.host_address()});
-      if (auto set = vm_->set_memory_slot(slots.back()); !set) return failure(set.error().message());
+      if (auto set = power_->vm->set_memory_slot(slots.back()); !set) return failure(set.error().message());
     }
-    if (auto added = guest_->add_devices(*vm_); !added) return added;
+    if (auto added = guest_->add_devices(*power_->vm); !added) return added;
     if (auto known = know_writes(slots); !known) return known;
     if (auto made = make_hyperv(); !made) return made;
-    return make_vcpus(*cpuid);
+    return make_vcpus();
   }
 
-  Result<RunFigures> run() {
-    boost::asio::io_context io;
-    boost::asio::signal_set signals(io, SIGINT, SIGTERM);
-    std::optional<VcpuEnds> ends;
-    int signal = 0;
-
-    guest_->begin(io);
-    const auto started = Clock::now();
-    auto group = VcpuGroup::start(
-        std::move(vcpus_), [this](Vcpu& vcpu, const Exit& exit) { return on_exit(vcpu, exit); }, io.get_executor());
-    if (!group) {
-      guest_->end();
-      return failure("no vCPU threads: " + group.error().message());
-    }
-    group->async_wait([&](VcpuEnds ended) {
-      ends = std::move(ended);
-      signals.cancel();
-      signals.clear(); // what is left to do may simply be killed
-      guest_->end();
-    });
-    signals.async_wait([&](const boost::system::error_code& error, int number) {
-      if (error) return;
-      signal = number;
-      signals.clear(); // a second one kills
-      stop_.request_stop();
-      group->stop();
-    });
-    io.run();
-    const auto wall = Clock::now() - started;
-    guest_->end();
-
-    if (signal != 0)
-      return std::unexpected(Failure{.status = 128 + signal, .text = "interrupted, no figures were written"});
-    if (!ends) return failure("the vCPU threads did not end");
-    return collect(*ends, wall);
-  }
-
-private:
   /// What holds data from the start is marked as this program's: no log is kept yet, and evidence does not tell who
   /// wrote.
   Result<void> mark_what_was_loaded() {
@@ -246,19 +350,20 @@ private:
     if (!options_.dirty_log) return {};
     // The stores of a vCPU that is in the guest may not be in KVM's log yet: only where the vCPU that asks is the only
     // one does it prove anything. With more it tells who wrote.
-    auto log = DirtyLog::start(*vm_, *memory_, slots, {.complete = options_.cpus == 1});
+    auto log = DirtyLog::start(*power_->vm, *memory_, slots, {.complete = options_.cpus == 1});
     if (!log) return failure("--dirty-log: " + log.error().message());
-    dirty_log_.emplace(std::move(*log));
+    power_->dirty_log.emplace(std::move(*log));
     return {};
   }
 
-  /// After the first answer: what was kept up for its sake is so no longer.
+  /// After a boot's first answer: what was kept up for its sake is so no longer.
   void end_preparations() {
-    std::call_once(preparations_ended_, [this] {
+    std::call_once(power_->preparations_ended, [this] {
       for (const auto map = memory_->snapshot(); const auto& region : map->regions())
         memory_->disarm_write_watch(region.start());
-      if (dirty_log_)
-        if (auto stopped = dirty_log_->stop(); !stopped) findings_.fail("--dirty-log: " + stopped.error().message());
+      if (power_->dirty_log)
+        if (auto stopped = power_->dirty_log->stop(); !stopped)
+          findings_.fail("--dirty-log: " + stopped.error().message());
       if (options_.huge_pages != HugePageUse::after_answer) return;
       if (auto set = memory_->snapshot()->set_huge_pages(HugePages::preferred); !set)
         findings_.fail("--thp after-answer: " + set.error().message());
@@ -270,8 +375,8 @@ private:
       findings_.fail("vCPU " + std::to_string(vcpu.id()) + ": " + text);
       return VcpuAction::stop_group;
     };
-    if (hyperv_) {
-      const auto handled = hyperv_->handle(vcpu, exit);
+    if (power_->hyperv) {
+      const auto handled = power_->hyperv->handle(vcpu, exit);
       if (!handled) return fail(handled.error().message());
       // An audit that failed has said so to the findings.
       if (*handled) return findings_.failure() ? VcpuAction::stop_group : VcpuAction::resume;
@@ -284,7 +389,7 @@ private:
     if (options_.hypercalls == Hypercalls::off) return {};
     HvOptions hv;
     hv.on_boot_zeroed = [this](const BootZeroedAnswer& answer) {
-      on_answer(answer, options_, *memory_->snapshot(), findings_, stop_.get_token());
+      on_answer(answer, figures_.resets + 1, options_, *memory_->snapshot(), findings_, stop_.get_token());
       end_preparations();
     };
     if (options_.content_check)
@@ -293,82 +398,66 @@ private:
     std::optional<HypercallTransport> transport;
     if (options_.hypercalls == Hypercalls::kernel) transport = HypercallTransport::kernel;
     if (options_.hypercalls == Hypercalls::user) transport = HypercallTransport::user;
-    auto hyperv = Hyperv::create(*vm_, *memory_, std::move(hv), transport);
+    auto hyperv = Hyperv::create(*power_->vm, *memory_, std::move(hv), transport);
     if (!hyperv)
       return failure(std::string("--hypercalls ") + to_string(options_.hypercalls) + ": " + hyperv.error().message());
-    hyperv_.emplace(std::move(*hyperv));
+    power_->hyperv.emplace(std::move(*hyperv));
     return {};
   }
 
-  Result<void> make_vcpus(const std::vector<CpuidEntry>& cpuid) {
+  Result<void> make_vcpus() {
     for (std::uint32_t id = 0; id < options_.cpus; ++id) {
-      auto vcpu = vm_->create_vcpu(id);
+      auto vcpu = power_->vm->create_vcpu(id);
       if (!vcpu) return failure("vCPU " + std::to_string(id) + ": " + vcpu.error().message());
-      auto leaves = guest_->cpuid(cpuid, id);
-      if (hyperv_) {
-        if (auto prepared = hyperv_->prepare(*vcpu, std::move(leaves)); !prepared)
+      auto leaves = guest_->cpuid(cpuid_, id);
+      if (power_->hyperv) {
+        if (auto prepared = power_->hyperv->prepare(*vcpu, std::move(leaves)); !prepared)
           return failure(prepared.error().message());
       } else if (auto set = vcpu->set_cpuid(leaves); !set) {
         return failure(set.error().message());
       }
       if (auto set = guest_->set_registers(*vcpu); !set) return set;
-      vcpus_.push_back(std::move(*vcpu));
+      power_->vcpus.push_back(std::move(*vcpu));
     }
     return {};
   }
 
-  Result<RunFigures> collect(const VcpuEnds& ends, Clock::duration wall) const {
-    for (const auto& end : ends) {
-      if (end.error) findings_.fail("vCPU " + std::to_string(end.id) + ": " + end.error->message());
-      if (end.exception == nullptr) continue;
-      try {
-        std::rethrow_exception(end.exception);
-      } catch (const std::exception& error) {
-        findings_.fail("vCPU " + std::to_string(end.id) + ": " + error.what());
-      }
-    }
-    if (auto text = findings_.failure()) return failure(std::move(*text));
-
-    RunFigures figures;
-    figures.options = options_;
-    figures.wall_ms = Milliseconds(wall).count();
-    if (hyperv_) {
-      figures.transport = hyperv_->transport() == HypercallTransport::kernel ? Hypercalls::kernel : Hypercalls::user;
-      const HypercallCounts counts = hyperv_->hypercalls().counts();
-      figures.calls = {counts.query_capabilities, counts.get_boot_zeroed_memory, counts.other};
-    }
-    figures.answer = findings_.answer();
-    figures.ticks_per_second = vcpu_ticks_per_second();
-    for (const auto& end : ends)
-      figures.vcpu_ticks.push_back(end.ticks ? std::optional(TickFigures{end.ticks->user, end.ticks->system})
-                                             : std::nullopt);
-
+  Result<RunFigures> collect() {
+    if (power_->hyperv)
+      figures_.transport =
+          power_->hyperv->transport() == HypercallTransport::kernel ? Hypercalls::kernel : Hypercalls::user;
+    figures_.answers = findings_.answers();
+    figures_.ticks_per_second = vcpu_ticks_per_second();
     const auto map = memory_->snapshot();
-    figures.ram_pages = map->pages(RegionKind::ram).page_count();
-    if (auto collected = guest_->collect(*map, figures); !collected)
+    figures_.ram_pages = map->pages(RegionKind::ram).page_count();
+    if (auto collected = guest_->collect(*map, figures_); !collected)
       return std::unexpected(std::move(collected.error()));
     for (const auto& region : map->regions()) {
       const auto bytes = region.resident_bytes();
       if (!bytes) return failure(bytes.error().message());
-      figures.host_resident_bytes += *bytes;
+      figures_.host_resident_bytes += *bytes;
     }
     utsname name{};
-    if (uname(&name) == 0) figures.kernel_release = name.release;
-    return figures;
+    if (uname(&name) == 0) figures_.kernel_release = name.release;
+    return std::move(figures_);
   }
 
   Options options_;
+  std::optional<Kvm> kvm_;
+  std::vector<CpuidEntry> cpuid_;
   std::unique_ptr<Guest> guest_;
   std::vector<std::shared_ptr<OwnMapping>> mappings_;
   std::unique_ptr<GuestMemory> memory_;
-  std::unique_ptr<Vm> vm_;
-  std::optional<DirtyLog> dirty_log_;
-  std::once_flag preparations_ended_;
-  boost::asio::thread_pool helpers_{std::max(std::thread::hardware_concurrency(), 1U)};
-  std::optional<Hyperv> hyperv_;
-  std::vector<Vcpu> vcpus_;
-  mutable Findings findings_;
+  Findings findings_;
   std::stop_source stop_;
+  RunFigures figures_; ///< Of all boots so far; what the vCPUs find out comes last.
+  boost::asio::io_context io_;
+  boost::asio::signal_set signals_{io_};
+  int signal_ = 0; ///< That ends the run.
+  bool restarting_ = false;
+  std::unique_ptr<Powered> power_;
+  std::optional<VcpuGroup> group_;
+  boost::asio::thread_pool helpers_{std::max(std::thread::hardware_concurrency(), 1U)};
 };
 
 } // namespace

@@ -14,8 +14,9 @@ struct Failure {
   std::string text; ///< One line for a person.
 };
 
-/// Builds the machine, runs the guest to its end and collects the figures; SIGINT and SIGTERM end the run. Of the
-/// zeroing guest, shows the progress on standard error when that is a terminal or the run is long.
+/// Builds the machine, runs the guest to its end and collects the figures; SIGINT and SIGTERM end the run (between a
+/// reset and the boot after it: the process, as main would). Starts the guest anew as often as Options::resets says. Of
+/// the zeroing guest, shows the progress on standard error when that is a terminal or the run is long.
 [[nodiscard]] std::expected<RunFigures, Failure> run_guest(const Options& options);
 
 } // namespace cppvmm::boot

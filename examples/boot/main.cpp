@@ -3,7 +3,6 @@
 #include "options.hpp"
 #include "report.hpp"
 
-#include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <exception>
@@ -57,14 +56,7 @@ int run(const Options& options) {
   if (picture && !write_file(options.map, to_svg(*picture))) return complain("cannot write " + options.map);
   if (!options.map.empty() && !picture) complain("--map: the guest never asked, so there is nothing to draw");
 
-  const AuditFigures audit = figures.answer ? figures.answer->audit.value_or(AuditFigures()) : AuditFigures();
-  if (audit.unsound_pages != 0)
-    return complain("the audit found " + std::to_string(audit.unsound_pages) +
-                    " reported pages that hold data, the first is page " +
-                    std::to_string(audit.first_unsound_page.value_or(0)));
-  if (const std::uint64_t nonzero = figures.nonzero_pages_at_end.value_or(0); nonzero != 0)
-    return complain("the audit found " + std::to_string(nonzero) +
-                    " pages that hold data after the guest took them for zero");
+  if (const auto fault = find_fault(figures)) return complain(*fault);
   return 0;
 }
 

@@ -15,6 +15,8 @@ constexpr std::uint64_t minimum_memory = 4 * mebi;
 // What lies above 4 GiB is one memory slot, and KVM takes fewer than 2^31 pages in one (Linux include/linux/kvm_host.h,
 // KVM_MEM_MAX_NR_PAGES).
 constexpr std::uint64_t maximum_memory = std::uint64_t{8} << 40;
+// A little is kept of each boot.
+constexpr std::uint32_t most_resets = 100'000;
 
 const std::map<std::string, MemoryBacking> backings = {{"anonymous", MemoryBacking::anonymous},
                                                        {"memfd", MemoryBacking::memfd},
@@ -93,7 +95,7 @@ std::expected<Options, EarlyExit> parse_options(int argc, const char* const* arg
 
   CLI::App app(
       "Boots a guest on KVM, and tells it which of its memory is zero already when it asks. The guest is one that "
-      "wants its memory zeroed, or Linux with its console on this terminal, which runs until it is reset.",
+      "wants its memory zeroed, or Linux with its console on this terminal, which runs until it resets the machine.",
       "cppvmm-boot");
   app.add_option("--memory", memory, "Guest RAM, e.g. 64M or 1G; above 3G the rest starts at 4G")
       ->capture_default_str()
@@ -129,27 +131,38 @@ std::expected<Options, EarlyExit> parse_options(int argc, const char* const* arg
       ->capture_default_str()
       ->type_name("TEXT")
       ->needs(kernel);
-  app.add_option("--thp", huge_pages,
-                 "Transparent huge pages: system (as the host has it), never, always, after-answer (from the first "
-                 "answer on)")
+  app.add_option(
+         "--thp", huge_pages,
+         "Transparent huge pages: system (as the host has it), never, always, after-answer (from a boot's first "
+         "answer on)")
       ->capture_default_str()
       ->type_name("WHEN")
       ->check(one_of(huge_page_uses));
   app.add_flag("--populate", options.populate, "Have all RAM present before the guest starts");
-  app.add_flag("--write-watch", options.write_watch,
-               "Until the first answer, watch which pages are written (userfaultfd, Linux 6.7): exact for RAM that is "
-               "present as a whole");
   app.add_flag(
-      "--dirty-log", options.dirty_log,
-      "Until the first answer, keep KVM's dirty log: it tells who wrote, and with one vCPU is exact like the watch");
+      "--write-watch", options.write_watch,
+      "Until a boot's first answer, watch which pages are written (userfaultfd, Linux 6.7): exact for RAM that is "
+      "present as a whole");
+  app.add_flag("--dirty-log", options.dirty_log,
+               "Until a boot's first answer, keep KVM's dirty log: it tells who wrote, and with one vCPU is exact like "
+               "the watch");
   app.add_flag("--content-check", options.content_check,
                "Look for zeros in pages that are touched: they may be in use, as firmware's are");
-  app.add_flag("--audit", options.audit,
-               "Re-read all RAM by another way right after the answer, and count pages that it got wrong");
+  app.add_flag(
+      "--audit", options.audit,
+      "Re-read all RAM by another way right after each answer, and count pages that it got wrong: the run fails "
+      "if a reported page holds data (what another vCPU writes meanwhile counts as if it had been there)");
   app.add_option("--leftovers", options.leftovers,
                  "Put data into this many pages, spread over RAM, before the guest starts, as firmware leaves them")
       ->capture_default_str()
       ->type_name("PAGES");
+  app.add_option("--resets", options.resets,
+                 "Start the guest anew in the same memory, which is discarded first, at as many of its resets of the "
+                 "machine (the zeroing guest's are its ends); all that is done before the guest starts is done again. "
+                 "The next one ends the run")
+      ->capture_default_str()
+      ->type_name("N")
+      ->check(CLI::Range(0U, most_resets));
   app.add_option("--json", options.json, "Write the figures as JSON to this file (- for standard output)")
       ->type_name("FILE");
   app.add_option("--map", options.map,

@@ -29,11 +29,12 @@ struct Options {
   Hypercalls hypercalls = Hypercalls::automatic;
   HugePageUse huge_pages = HugePageUse::system;
   bool populate = false;      ///< RAM is present before the guest starts.
-  bool write_watch = false;   ///< Until the first answer.
-  bool dirty_log = false;     ///< Until the first answer.
+  bool write_watch = false;   ///< Until the first answer of a boot.
+  bool dirty_log = false;     ///< Until the first answer of a boot.
   bool content_check = false; ///< In each survey.
   bool audit = false;
   std::uint32_t leftovers = 0;                   ///< Pages with data in them before the guest starts.
+  std::uint32_t resets = 0;                      ///< How many of the guest's resets start it anew.
   std::string kernel;                            ///< A Linux kernel to boot; empty: the zeroing guest.
   std::string initrd;                            ///< Empty: none.
   std::string append = "console=ttyS0 panic=-1"; ///< The kernel's command line.

@@ -124,15 +124,19 @@ std::expected<Ram, std::string> make_ram(const Options& options, std::span<const
   auto map = MemoryMap::make(std::move(regions));
   if (!map) return failure(options, map.error());
   ram.map = std::move(*map);
+  return ram;
+}
+
+std::expected<void, std::string> prepare_ram(const Options& options, const MemoryMap& map) {
   if (options.huge_pages != HugePageUse::system) {
     const auto use = options.huge_pages == HugePageUse::always ? HugePages::preferred : HugePages::never;
-    if (auto set = ram.map.set_huge_pages(use); !set) return std::unexpected("--thp: " + set.error().message());
+    if (auto set = map.set_huge_pages(use); !set) return std::unexpected("--thp: " + set.error().message());
   }
   if (options.populate)
-    for (const auto& region : ram.map.regions())
+    for (const auto& region : map.regions())
       if (auto populated = region.populate(); !populated)
         return std::unexpected("--populate: " + populated.error().message());
-  return ram;
+  return {};
 }
 
 std::expected<AuditedRam, std::string> audited_ram(const MemoryMap& map) {

@@ -25,9 +25,13 @@ struct Ram {
   std::vector<std::shared_ptr<OwnMapping>> mappings;
 };
 
-/// Makes a region of RAM for each of `ranges`: of the kind, populated, and with huge pages or without, as `options`
-/// say. Files are made in $TMPDIR, else /var/tmp, else /tmp, and have no name. An error is one line for a person.
+/// Makes a region of RAM for each of `ranges`, of the kind that `options` say. Files are made in $TMPDIR, else
+/// /var/tmp, else /tmp, and have no name. An error is one line for a person.
 [[nodiscard]] std::expected<Ram, std::string> make_ram(const Options& options, std::span<const zeroing::Pages> ranges);
+
+/// Has RAM, of which nothing is present, as a guest starts with it: populated, and with huge pages or without, as
+/// `options` say. An error is one line for a person.
+[[nodiscard]] std::expected<void, std::string> prepare_ram(const Options& options, const MemoryMap& map);
 
 /// RAM as the audit reads it, with descriptors that it needs and the map does not have.
 struct AuditedRam {

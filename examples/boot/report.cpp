@@ -91,6 +91,19 @@ Json regions_json(const AnswerFigures& answer) {
   return regions;
 }
 
+Json boots_json(const AnswerLog& answers) {
+  Json boots = Json::array();
+  for (const auto& answer : answers.boots)
+    boots.push_back({{"boot", answer.boot},
+                     {"reported_pages", answer.reported_pages},
+                     {"touched_pages", answer.touched_pages},
+                     {"ranges", answer.ranges},
+                     {"unsound_pages", number_or_null(answer.unsound_pages)},
+                     {"missed_zero_pages", number_or_null(answer.missed_zero_pages)},
+                     {"survey_us", answer.survey_us}});
+  return boots;
+}
+
 std::string mebibytes(std::uint64_t bytes) {
   char text[32];
   std::snprintf(text, sizeof text, "%.1f MiB", static_cast<double>(bytes) / (1 << 20));
@@ -105,10 +118,63 @@ std::string share(std::uint64_t part, std::uint64_t whole) {
   return text;
 }
 
+/// What each boot was answered, as far as a line has room.
+std::string by_boot(const AnswerLog& answers) {
+  constexpr std::size_t most = 8;
+  std::string text = "reported by boot";
+  for (std::size_t i = 0; i < std::min(answers.boots.size(), most); ++i)
+    text += (i == 0 ? " " : ", ") + std::to_string(answers.boots[i].reported_pages);
+  return text + (answers.boots.size() > most ? ", ... pages" : " pages");
+}
+
 } // namespace
 
+void AnswerLog::add(std::uint32_t boot, AnswerFigures answer) {
+  ++given;
+  BootAnswer kept{.boot = boot,
+                  .reported_pages = answer.reported_pages,
+                  .touched_pages = answer.touched_pages,
+                  .ranges = answer.ranges.size(),
+                  .unsound_pages = {},
+                  .missed_zero_pages = {},
+                  .survey_us = answer.survey_us};
+  if (answer.audit) {
+    ++audited;
+    kept.unsound_pages = answer.audit->unsound_pages;
+    kept.missed_zero_pages = answer.audit->missed_zero_pages;
+    if (answer.audit->unsound_pages != 0) {
+      ++unsound;
+      if (!first_unsound)
+        first_unsound = {.answer = given,
+                         .boot = boot,
+                         .pages = answer.audit->unsound_pages,
+                         .first_page = answer.audit->first_unsound_page.value_or(0)};
+    }
+  }
+  if (boots.empty() || boots.back().boot != boot)
+    boots.push_back(kept);
+  else
+    boots.back() = kept;
+  last = std::move(answer);
+}
+
+std::optional<std::string> find_fault(const RunFigures& figures) {
+  if (const auto& unsound = figures.answers.first_unsound) {
+    if (figures.answers.given == 1)
+      return "the audit found " + std::to_string(unsound->pages) +
+             " reported pages that hold data, the first is page " + std::to_string(unsound->first_page);
+    return "the audit found reported pages that hold data in " + std::to_string(figures.answers.unsound) + " of " +
+           std::to_string(figures.answers.given) + " answers, first in answer " + std::to_string(unsound->answer) +
+           " (boot " + std::to_string(unsound->boot) + "): " + std::to_string(unsound->pages) +
+           " pages, the first is page " + std::to_string(unsound->first_page);
+  }
+  if (const std::uint64_t nonzero = figures.nonzero_pages_at_end.value_or(0); nonzero != 0)
+    return "the audit found " + std::to_string(nonzero) + " pages that hold data after the guest took them for zero";
+  return std::nullopt;
+}
+
 std::string to_json(const RunFigures& figures) {
-  const auto& answer = figures.answer;
+  const auto& answer = figures.answers.last;
   const auto* audit = answer && answer->audit ? &*answer->audit : nullptr;
 
   const Json calls = {{"0x8001", figures.calls.query_capabilities},
@@ -136,6 +202,10 @@ std::string to_json(const RunFigures& figures) {
       {"kernel_release", figures.kernel_release},
       {"kernel", figures.options.kernel.empty() ? Json() : Json(figures.options.kernel)},
       {"calls", calls},
+      {"resets", figures.resets},
+      {"answers_given", figures.answers.given},
+      {"unsound_answers", figures.answers.audited != 0 ? Json(figures.answers.unsound) : Json()},
+      {"answers", boots_json(figures.answers)},
       {"ranges", std::move(ranges)},
       {"ram_pages", figures.ram_pages},
       {"touched_pages", answer ? Json(answer->touched_pages) : Json()},
@@ -170,8 +240,8 @@ std::string to_text(const RunFigures& figures) {
   if (figures.transport != Hypercalls::off)
     text += ": capabilities asked " + std::to_string(figures.calls.query_capabilities) + "x, zeroed memory " +
             std::to_string(figures.calls.get_boot_zeroed_memory) + "x";
-  if (figures.answer) {
-    const auto& answer = *figures.answer;
+  if (figures.answers.last) {
+    const auto& answer = *figures.answers.last;
     text += "\nreported    " + share(answer.reported_pages, figures.ram_pages) + " in " +
             std::to_string(answer.ranges.size()) + (answer.ranges.size() == 1 ? " range" : " ranges") + ", survey " +
             std::to_string(static_cast<std::uint64_t>(answer.survey_us)) + " us";
@@ -180,7 +250,15 @@ std::string to_text(const RunFigures& figures) {
               std::to_string(answer.audit->missed_zero_pages) + " zero pages were not reported";
     if (answer.transparent_huge_bytes && *answer.transparent_huge_bytes != 0)
       text += " (" + mebibytes(*answer.transparent_huge_bytes) + " are in huge pages)";
+    if (figures.answers.given > 1)
+      text += "\nanswers     " + std::to_string(figures.answers.given) + ", of which this was the last" +
+              (figures.answers.audited == 0
+                   ? ""
+                   : "; " + std::to_string(figures.answers.unsound) + " reported pages that hold data");
   }
+  if (figures.resets != 0)
+    text += "\nresets      " + std::to_string(figures.resets) +
+            (figures.answers.boots.empty() ? "" : ", " + by_boot(figures.answers));
   if (figures.guest) text += "\nguest       zeroed " + share(figures.guest->zeroed_pages, figures.ram_pages);
   text += "\nhost        " + mebibytes(figures.host_resident_bytes) + " resident at the end\nticks      ";
   for (const auto& vcpu : figures.vcpu_ticks)
@@ -191,8 +269,8 @@ std::string to_text(const RunFigures& figures) {
 }
 
 std::optional<Picture> to_picture(const RunFigures& figures) {
-  if (!figures.answer) return std::nullopt;
-  const AnswerFigures& answer = *figures.answer;
+  if (!figures.answers.last) return std::nullopt;
+  const AnswerFigures& answer = *figures.answers.last;
   Picture picture;
   picture.ranges = answer.picture;
   picture.backing = to_string(figures.options.backing);

@@ -64,6 +64,38 @@ struct AnswerFigures {
   std::vector<PictureRange> picture; ///< All RAM at that moment; with --map only.
 };
 
+/// What is kept of a boot: of the last answer in it.
+struct BootAnswer {
+  std::uint32_t boot = 0; ///< 1 is the first.
+  std::uint64_t reported_pages = 0;
+  std::uint64_t touched_pages = 0;
+  std::uint64_t ranges = 0;
+  std::optional<std::uint64_t> unsound_pages;     ///< With the audit.
+  std::optional<std::uint64_t> missed_zero_pages; ///< With the audit.
+  double survey_us = 0;
+};
+
+/// An answer that reported pages with data in them.
+struct UnsoundAnswer {
+  std::uint64_t answer = 0; ///< 1 is the run's first.
+  std::uint32_t boot = 0;
+  std::uint64_t pages = 0;
+  std::uint64_t first_page = 0;
+};
+
+/// All answers of a run, in a space that grows with its boots and not with the answers.
+struct AnswerLog {
+  std::uint64_t given = 0;
+  std::optional<AnswerFigures> last;
+  std::vector<BootAnswer> boots; ///< Of those in which the guest asked, ascending.
+  std::uint64_t audited = 0;
+  std::uint64_t unsound = 0; ///< Of those that were audited.
+  std::optional<UnsoundAnswer> first_unsound;
+
+  /// `boot` is the one of the answer before, or a later one.
+  void add(std::uint32_t boot, AnswerFigures answer);
+};
+
 /// How often each hypercall arrived, by call code.
 struct CallFigures {
   std::uint64_t query_capabilities = 0;     ///< 0x8001
@@ -80,17 +112,19 @@ struct TickFigures {
 struct RunFigures {
   Options options;
   Hypercalls transport = Hypercalls::off; ///< Never automatic.
-  CallFigures calls;
+  std::uint32_t resets = 0;               ///< After which the guest was started anew.
+  CallFigures calls;                      ///< Of all boots.
   std::uint64_t ram_pages = 0;
-  std::optional<AnswerFigures> answer;  ///< The last one, if the guest asked.
-  std::optional<zeroing::Report> guest; ///< Of the zeroing guest.
-  /// At the end, pages with data outside what the guest lives in, where it was to find or make all zero: there must be
-  /// none. With the audit only.
+  AnswerLog answers;
+  std::optional<zeroing::Report> guest; ///< Of the zeroing guest, in the last boot.
+  /// At the end of each boot, added up: pages with data outside what the guest lives in, where it was to find or make
+  /// all zero. There must be none. With the audit only.
   std::optional<std::uint64_t> nonzero_pages_at_end;
-  std::uint64_t host_resident_bytes = 0;              ///< At the end.
-  std::vector<std::optional<TickFigures>> vcpu_ticks; ///< Nothing where the host did not tell.
+  std::uint64_t host_resident_bytes = 0; ///< At the end.
+  /// By vCPU, of all boots; nothing where the host did not tell.
+  std::vector<std::optional<TickFigures>> vcpu_ticks;
   std::uint64_t ticks_per_second = 0;
-  double wall_ms = 0; ///< From before the vCPUs start until they are joined, the audit included.
+  double wall_ms = 0; ///< From before the vCPUs start until they end for the last time, audits and resets included.
   std::string kernel_release;
 };
 
@@ -99,6 +133,9 @@ struct RunFigures {
 
 /// A few lines for a person.
 [[nodiscard]] std::string to_text(const RunFigures& figures);
+
+/// Why the run is a failure for all that: one line for a person. Nothing when all audits are good, or there were none.
+[[nodiscard]] std::optional<std::string> find_fault(const RunFigures& figures);
 
 /// Guest memory as the last answer found it; nothing when the guest never asked.
 [[nodiscard]] std::optional<Picture> to_picture(const RunFigures& figures);

@@ -36,6 +36,10 @@ public:
     }
     opened_.notify_all();
   }
+  void close() {
+    const std::scoped_lock lock(mutex_);
+    open_ = false;
+  }
   /// Returns when the gate is open, and after some milliseconds anyway: a vCPU that is to stop must run to learn it.
   void wait() {
     std::unique_lock lock(mutex_);
@@ -68,6 +72,13 @@ public:
     memory_ = &memory;
     if (auto loaded = memory.load(GuestAddress(zeroing::image_address), layout_.block); !loaded)
       return failure(loaded.error().message());
+    return {};
+  }
+
+  [[nodiscard]] Result<void> add_devices(Vm& /*vm*/) override {
+    gate_.close();
+    const std::scoped_lock lock(mutex_);
+    exit_code_.reset();
     return {};
   }
 
@@ -133,7 +144,7 @@ public:
     if (!options_.audit) return {};
     auto nonzero = nonzero_outside_the_guest(map);
     if (!nonzero) return failure(std::move(nonzero.error()));
-    figures.nonzero_pages_at_end = *nonzero;
+    figures.nonzero_pages_at_end = figures.nonzero_pages_at_end.value_or(0) + *nonzero;
     return {};
   }
 
@@ -146,7 +157,7 @@ private:
   void show_progress() {
     timer_->expires_after(terminal_ ? std::chrono::milliseconds(250) : std::chrono::seconds(10));
     timer_->async_wait([this](const boost::system::error_code& error) {
-      if (error) return;
+      if (error || !timer_) return; // ended, while this was on its way
       const std::uint64_t planned = report_word(offsetof(zeroing::Report, planned_pages));
       const std::uint64_t done = std::min(report_word(offsetof(zeroing::Report, cursor)), planned);
       const auto mebibytes = [](std::uint64_t pages) { return static_cast<unsigned long long>((pages + 128) >> 8); };

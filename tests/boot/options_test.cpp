@@ -23,20 +23,23 @@ TEST(BootOptions, HaveTheDocumentedDefaults) {
   EXPECT_EQ(options->backing, MemoryBacking::anonymous);
   EXPECT_EQ(options->hypercalls, Hypercalls::automatic);
   EXPECT_FALSE(options->audit);
+  EXPECT_EQ(options->resets, 0U);
   EXPECT_EQ(options->json, "");
   EXPECT_EQ(options->map, "");
   EXPECT_EQ(options->kvm_device, "/dev/kvm");
 }
 
 TEST(BootOptions, AreTaken) {
-  const auto options = parse({"--memory", "1G", "--cpus", "4", "--backing", "memfd", "--hypercalls", "kernel",
-                              "--guest", "zeroing", "--audit", "--json", "out.json", "--map", "out.svg"});
+  const auto options =
+      parse({"--memory", "1G", "--cpus", "4", "--backing", "memfd", "--hypercalls", "kernel", "--guest", "zeroing",
+             "--audit", "--resets", "3", "--json", "out.json", "--map", "out.svg"});
   ASSERT_TRUE(options);
   EXPECT_EQ(options->memory_bytes, 1U << 30);
   EXPECT_EQ(options->cpus, 4U);
   EXPECT_EQ(options->backing, MemoryBacking::memfd);
   EXPECT_EQ(options->hypercalls, Hypercalls::kernel);
   EXPECT_TRUE(options->audit);
+  EXPECT_EQ(options->resets, 3U);
   EXPECT_EQ(options->json, "out.json");
   EXPECT_EQ(options->map, "out.svg");
 }
@@ -64,6 +67,9 @@ TEST(BootOptions, AMistakeIsOneLineAndStatus2) {
       {"--hypercalls", "maybe"},
       {"--guest", "windows"},
       {"--guest", "zeroing", "--kernel", "bzImage"},
+      {"--resets", "-1"},
+      {"--resets", "100001"},
+      {"--resets", "some"},
       {"--kernel"},
       {"--initrd", "initrd"},
       {"--append", "quiet"},
@@ -102,7 +108,7 @@ TEST(BootOptions, HelpIsNoMistake) {
   ASSERT_FALSE(help);
   EXPECT_EQ(help.error().status, 0);
   for (const char* option : {"--memory", "--cpus", "--backing", "--hypercalls", "--guest", "--kernel", "--initrd",
-                             "--append", "--audit", "--json", "--map"})
+                             "--append", "--audit", "--resets", "--json", "--map"})
     EXPECT_NE(help.error().text.find(option), std::string::npos) << option;
 }
 

@@ -1,0 +1,129 @@
+#include "examples/boot/report.hpp"
+
+#include <cstdint>
+#include <gtest/gtest.h>
+#include <nlohmann/json.hpp>
+#include <optional>
+#include <string>
+#include <utility>
+
+namespace {
+
+using namespace cppvmm::boot;
+using nlohmann::json;
+
+/// An answer with two ranges, as it would be audited.
+AnswerFigures answer(std::uint64_t reported, std::optional<std::uint64_t> unsound) {
+  AnswerFigures figures;
+  figures.ranges = {{100, reported - 1}, {1000, 1}};
+  figures.reported_pages = reported;
+  figures.touched_pages = 8192 - reported;
+  figures.survey_us = 5;
+  if (!unsound) return figures;
+  AuditFigures& audit = figures.audit.emplace();
+  audit.unsound_pages = *unsound;
+  audit.missed_zero_pages = 7;
+  if (*unsound != 0) audit.first_unsound_page = 123;
+  return figures;
+}
+
+json json_of(const RunFigures& figures) { return json::parse(to_json(figures)); }
+
+TEST(Report, WithoutAnAnswerHasNoneToTellOf) {
+  const RunFigures figures;
+  const json told = json_of(figures);
+  EXPECT_EQ(told["answers"], json::array());
+  EXPECT_EQ(told["answers_given"], 0);
+  EXPECT_TRUE(told["unsound_answers"].is_null());
+  EXPECT_TRUE(told["unsound_pages"].is_null());
+  EXPECT_EQ(told["resets"], 0);
+  EXPECT_EQ(find_fault(figures), std::nullopt);
+}
+
+TEST(Report, OfAnAnswerThatNobodyAuditedSaysSo) {
+  RunFigures figures;
+  figures.answers.add(1, answer(500, std::nullopt));
+  const json told = json_of(figures);
+  EXPECT_EQ(told["answers"], json::array({{{"boot", 1},
+                                           {"reported_pages", 500},
+                                           {"touched_pages", 7692},
+                                           {"ranges", 2},
+                                           {"unsound_pages", nullptr},
+                                           {"missed_zero_pages", nullptr},
+                                           {"survey_us", 5.0}}}));
+  EXPECT_EQ(told["answers_given"], 1);
+  EXPECT_TRUE(told["unsound_answers"].is_null());
+  EXPECT_EQ(find_fault(figures), std::nullopt);
+}
+
+TEST(Report, KeepsTheLastAnswerOfEachBoot) {
+  RunFigures figures;
+  figures.resets = 4;
+  figures.answers.add(1, answer(500, 0));
+  figures.answers.add(1, answer(400, 0));
+  figures.answers.add(3, answer(450, 0));
+  for (int i = 0; i < 1000; ++i)
+    figures.answers.add(5, answer(300, 0));
+  figures.answers.add(5, answer(250, 0));
+  const json told = json_of(figures);
+  ASSERT_EQ(told["answers"].size(), 3U);
+  EXPECT_EQ(told["answers"][0]["boot"], 1);
+  EXPECT_EQ(told["answers"][0]["reported_pages"], 400);
+  EXPECT_EQ(told["answers"][1]["boot"], 3);
+  EXPECT_EQ(told["answers"][2]["boot"], 5);
+  EXPECT_EQ(told["answers"][2]["reported_pages"], 250);
+  EXPECT_EQ(told["answers"][2]["missed_zero_pages"], 7);
+  EXPECT_EQ(told["answers_given"], 1004);
+  EXPECT_EQ(told["unsound_answers"], 0);
+  EXPECT_EQ(told["resets"], 4);
+  EXPECT_EQ(told["reported_pages"], 250) << "of the last answer";
+  EXPECT_EQ(told["ranges"].size(), 2U);
+  EXPECT_NE(to_text(figures).find("resets      4, reported by boot 400, 450, 250 pages"), std::string::npos)
+      << to_text(figures);
+}
+
+TEST(Report, ForgetsNoUnsoundAnswer) {
+  RunFigures figures;
+  figures.answers.add(1, answer(500, 0));
+  figures.answers.add(2, answer(500, 9));
+  figures.answers.add(2, answer(500, 3));
+  figures.answers.add(2, answer(500, 0));
+  const json told = json_of(figures);
+  EXPECT_EQ(told["unsound_pages"], 0) << "of the last answer";
+  EXPECT_EQ(told["unsound_answers"], 2);
+  EXPECT_EQ(told["answers"][1]["unsound_pages"], 0);
+  EXPECT_EQ(find_fault(figures), "the audit found reported pages that hold data in 2 of 4 answers, first in answer 2 "
+                                 "(boot 2): 9 pages, the first is page 123");
+  EXPECT_NE(to_text(figures).find("answers     4, of which this was the last; 2 reported pages that hold data"),
+            std::string::npos)
+      << to_text(figures);
+}
+
+TEST(Report, OfTheOnlyAnswerIsPlain) {
+  RunFigures figures;
+  figures.answers.add(1, answer(500, 9));
+  EXPECT_EQ(find_fault(figures), "the audit found 9 reported pages that hold data, the first is page 123");
+  EXPECT_EQ(to_text(figures).find("answers "), std::string::npos) << to_text(figures);
+  EXPECT_EQ(to_text(figures).find("resets "), std::string::npos) << to_text(figures);
+}
+
+TEST(Report, FindsDataThatTheGuestTookForZeroes) {
+  RunFigures figures;
+  figures.nonzero_pages_at_end = 0;
+  EXPECT_EQ(find_fault(figures), std::nullopt);
+  figures.nonzero_pages_at_end = 4;
+  EXPECT_EQ(find_fault(figures), "the audit found 4 pages that hold data after the guest took them for zero");
+}
+
+TEST(Report, OfManyBootsIsALine) {
+  RunFigures figures;
+  figures.resets = 1000;
+  for (std::uint32_t boot = 1; boot <= 1001; ++boot)
+    figures.answers.add(boot, answer(500, std::nullopt));
+  EXPECT_NE(to_text(figures).find("reported by boot 500, 500, 500, 500, 500, 500, 500, 500, ... pages\n"),
+            std::string::npos)
+      << to_text(figures);
+  EXPECT_EQ(json_of(figures)["answers"].size(), 1001U);
+}
+
+} // namespace
