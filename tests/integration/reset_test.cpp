@@ -231,6 +231,15 @@ TEST_F(Reset, IsTheEndWhenNoneIsLeft) {
   EXPECT_EQ(json::parse(again.out)["resets"], 3);
 }
 
+TEST_F(Reset, PreparesForAnAnswerAgainThoughNoneWasAskedFor) {
+  for (const char* preparation : {"--write-watch", "--dirty-log"}) {
+    const Ended ended = run_program(CPPVMM_BOOT, arguments("br", "2", {"--populate", preparation}));
+    if (ended.err.find("userfaultfd") != std::string::npos) continue;
+    EXPECT_EQ(ended.status, 0) << ended.err;
+    EXPECT_EQ(ended.err, "bbb");
+  }
+}
+
 TEST_F(Reset, ListsTheBootsThatAsked) {
   Program program(CPPVMM_BOOT, arguments("", "2", {"--audit"}), Stderr::terminal, Stdin::pipe);
   ASSERT_TRUE(program.wait_for_stderr(">")) << program.wait().err;
@@ -292,18 +301,11 @@ TEST_F(Reset, GetsOverInputThatComesAllTheTime) {
   EXPECT_EQ(ended.err, std::string(101, '.'));
 }
 
-/// By the signal, and how much of a boot's time is the reset's.
-class ResetInterrupted : public Reset, public testing::WithParamInterface<std::tuple<int, const char*>> {};
-
-TEST_P(ResetInterrupted, EndsAtOnceWheneverItComes) {
-  const auto& [signal, way] = GetParam();
-  for (int attempt = 0; attempt < 10; ++attempt) {
-    std::vector<std::string> more;
-    if (*way != '\0') more = {way};
-    Program program(CPPVMM_BOOT, arguments(".r", "100000", more), Stderr::terminal, Stdin::terminal);
-    // Each time at another moment, which is some reset's or some boot's.
-    ASSERT_TRUE(program.wait_for_stderr(std::string(static_cast<std::size_t>(attempt) + 1, '.')));
-    std::this_thread::sleep_for(std::chrono::microseconds(777 * attempt));
+/// By the signal, and what takes the longer the more of a reset's time.
+class ResetInterrupted : public Reset, public testing::WithParamInterface<std::tuple<int, const char*>> {
+protected:
+  void interrupt(Program& program) {
+    const int signal = std::get<0>(GetParam());
     ASSERT_EQ(kill(program.pid(), signal), 0);
     const Ended ended = program.wait();
     EXPECT_EQ(ended.status, 128 + signal);
@@ -312,6 +314,31 @@ TEST_P(ResetInterrupted, EndsAtOnceWheneverItComes) {
     termios mode{};
     ASSERT_EQ(tcgetattr(program.input(), &mode), 0);
     EXPECT_EQ(mode.c_lflag & (ICANON | ECHO), static_cast<tcflag_t>(ICANON | ECHO)) << "the terminal is as it was";
+  }
+
+  [[nodiscard]] static std::vector<std::string> way() {
+    const std::string option = std::get<1>(GetParam());
+    return option.empty() ? std::vector<std::string>() : std::vector{option};
+  }
+};
+
+TEST_P(ResetInterrupted, EndsAtOnceWheneverItComes) {
+  for (int attempt = 0; attempt < 10; ++attempt) {
+    Program program(CPPVMM_BOOT, arguments(".r", "100000", way()), Stderr::terminal, Stdin::terminal);
+    // Each time at another moment, which is some reset's or some boot's.
+    ASSERT_TRUE(program.wait_for_stderr(std::string(static_cast<std::size_t>(attempt) + 1, '.')));
+    std::this_thread::sleep_for(std::chrono::microseconds(777 * attempt));
+    interrupt(program);
+  }
+}
+
+TEST_P(ResetInterrupted, EndsThoughTheNextBootWouldNot) {
+  for (int attempt = 0; attempt < 8; ++attempt) {
+    Program program(CPPVMM_BOOT, arguments("", "1", way()), Stderr::terminal, Stdin::terminal);
+    ASSERT_TRUE(program.wait_for_stderr(">"));
+    program.send("r");
+    std::this_thread::sleep_for(std::chrono::milliseconds(2 * attempt));
+    interrupt(program);
   }
 }
 
