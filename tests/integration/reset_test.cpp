@@ -367,7 +367,7 @@ $busybox reboot -f
   const Ended ended =
       run_program(CPPVMM_BOOT,
                   {"--memory", "256M", "--cpus", cpus, "--hypercalls", transport, "--kernel", kernel, "--initrd",
-                   initrd.path(), "--append", std::string(linux_command_line) + reset, "--resets", "2", "--json", "-"});
+                   initrd.path(), "--append", std::string(linux_command_line) + reset, "--resets", "1", "--json", "-"});
   const std::string& console = ended.err;
   if (console.find("KVM does not forward") != std::string::npos)
     GTEST_SKIP() << "this KVM forwards no extended hypercalls";
@@ -378,14 +378,14 @@ $busybox reboot -f
       ++count;
     return count;
   };
-  EXPECT_EQ(times(std::string("guest: processors ") + cpus), 3U) << console;
-  EXPECT_EQ(times("guest: Hypervisor detected: Microsoft Hyper-V"), 3U) << console;
+  EXPECT_EQ(times(std::string("guest: processors ") + cpus), 2U) << console;
+  EXPECT_EQ(times("guest: Hypervisor detected: Microsoft Hyper-V"), 2U) << console;
   for (const auto text : trouble)
     EXPECT_EQ(times(text), 0U) << console;
   const json figures = json::parse(ended.out, nullptr, false);
   ASSERT_FALSE(figures.is_discarded()) << ended.out;
-  EXPECT_EQ(figures["resets"], 2);
-  EXPECT_EQ(figures["calls"], json({{"0x8001", 3}, {"0x8002", 0}, {"other", 0}})) << "at each boot";
+  EXPECT_EQ(figures["resets"], 1);
+  EXPECT_EQ(figures["calls"], json({{"0x8001", 2}, {"0x8002", 0}, {"other", 0}})) << "at each boot";
 }
 
 INSTANTIATE_TEST_SUITE_P(All, LinuxResets,
@@ -409,26 +409,26 @@ TEST_P(LinuxAsksAgain, AndIsAnsweredNearlyAsMuch) {
   const Ended ended =
       run_program(CPPVMM_BOOT, {"--memory", "256M", "--cpus", cpus, "--hypercalls", transport, "--backing", backing,
                                 "--kernel", kernel, "--initrd", initrd.path(), "--append",
-                                std::string(linux_command_line) + "kbd", "--resets", "2", "--audit", "--json", "-"});
+                                std::string(linux_command_line) + "kbd", "--resets", "1", "--audit", "--json", "-"});
   if (ended.err.find("KVM does not forward") != std::string::npos)
     GTEST_SKIP() << "this KVM forwards no extended hypercalls";
   ASSERT_EQ(ended.status, 0) << ended.err;
   const json figures = json::parse(ended.out, nullptr, false);
   ASSERT_FALSE(figures.is_discarded()) << ended.out;
-  EXPECT_EQ(figures["resets"], 2);
+  EXPECT_EQ(figures["resets"], 1);
   EXPECT_EQ(figures["unsound_answers"], 0);
-  EXPECT_EQ(figures["calls"], json({{"0x8001", 6}, {"0x8002", 3}, {"other", 0}})) << "Linux itself asks once a boot";
-  EXPECT_EQ(by_boot(figures, "boot"), (std::vector<json>{1, 2, 3}));
+  EXPECT_EQ(figures["calls"], json({{"0x8001", 4}, {"0x8002", 2}, {"other", 0}})) << "Linux itself asks once a boot";
+  EXPECT_EQ(by_boot(figures, "boot"), (std::vector<json>{1, 2}));
 
   const auto results = module_results(ended.err);
   const auto reported = by_boot(figures, "reported_pages");
-  ASSERT_EQ(results.size(), 3U) << ended.err;
-  ASSERT_EQ(reported.size(), 3U);
+  ASSERT_EQ(results.size(), 2U) << ended.err;
+  ASSERT_EQ(reported.size(), 2U);
   for (std::size_t boot = 0; boot < results.size(); ++boot) {
     EXPECT_EQ(results[boot]["status"], 0) << results[boot];
     EXPECT_EQ(results[boot]["data_pages"], 0) << results[boot];
     EXPECT_EQ(results[boot]["answered_pages"], reported[boot]) << results[boot];
-    // Linux puts itself elsewhere at each boot, and has another share of huge pages.
+    // Linux puts itself elsewhere at each boot. Without the discard: less than 0.7 of the first, on 6.12.
     EXPECT_GT(reported[boot].get<double>(), 0.95 * reported[0].get<double>()) << figures["answers"];
   }
 }
