@@ -23,8 +23,8 @@ failed=0
 for transport in kernel user; do
   for backing in anonymous memfd; do
     /cppvmm-boot --memory 2G --backing $backing --hypercalls $transport --kernel /vmlinuz --initrd /tmp/initrd \
-      --append 'console=ttyS0 quiet panic=-1 clearcpuid=cx16 reboot=kbd' --audit --json /tmp/figures \
-      >/dev/null 2>/tmp/console
+      --append 'console=ttyS0 quiet panic=-1 clearcpuid=cx16 reboot=kbd' --audit --json - \
+      >/tmp/figures 2>/tmp/console
     status=$?
     if grep -q 'KVM does not forward' /tmp/console; then continue; fi
     if [ $status != 0 ] || [ -z "$(answer data_pages)" ]; then
