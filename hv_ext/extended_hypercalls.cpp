@@ -35,6 +35,10 @@ struct ExtendedHypercalls::State {
 
   [[nodiscard]] HvStatus answer_capabilities(GuestAddress output) const;
   [[nodiscard]] HvStatus answer_boot_zeroed(GuestAddress output);
+  [[nodiscard]] bool is_hypercall_page(PageNumber page) {
+    const std::lock_guard lock(mutex);
+    return hypercall_page == page;
+  }
   /// Pages that read zero now, or could, and are not the guest's to take for free.
   [[nodiscard]] PageSet pages_to_keep();
 };
@@ -148,6 +152,7 @@ HypercallResult ExtendedHypercalls::handle(std::uint64_t control_value, GuestAdd
 
   const std::uint64_t bytes = is_query ? hv_query_capabilities_output_bytes : hv_boot_zeroed_output_bytes;
   if (const HvStatus status = check_output(output, bytes); status != HvStatus::success) return hv_result(status);
+  if (state_->is_hypercall_page(output.page())) return hv_result(HvStatus::invalid_parameter);
   try {
     return hv_result(is_query ? state_->answer_capabilities(output) : state_->answer_boot_zeroed(output));
   } catch (const std::bad_alloc&) {

@@ -70,13 +70,14 @@ public:
   /// - a call code that is not offered: invalid_hypercall_code;
   /// - rep count, rep start or variable header: invalid_hypercall_input, for both are simple calls;
   /// - output GPA misaligned, spanning pages or beyond the guest-physical space: invalid_alignment;
-  /// - output GPA without memory that the guest may write: invalid_parameter;
+  /// - output GPA without memory that the guest may write, which the hypercall page is not: invalid_parameter;
   /// - no memory left for the survey: insufficient_memory.
   /// Unless the status is success, nothing is written. Neither call has input: `input` is ignored (TLFS "Alignment
   /// Requirements").
   [[nodiscard]] HypercallResult handle(std::uint64_t control, GuestAddress input, GuestAddress output, unsigned cpl);
 
-  /// Where the hypercall page is now, if anywhere: answers leave it out. (It holds code, which the survey sees; this
+  /// Where the hypercall page is now, if anywhere: no output is written to it, for the guest may only run it (TLFS
+  /// "Establishing the Hypercall Interface"), and answers leave it out. (It holds code, which the survey sees; this
   /// makes it certain.)
   void set_hypercall_page(std::optional<PageNumber> page);
 

@@ -154,6 +154,22 @@ TEST_F(Calls, LeavesOutTheHypercallPage) {
   ASSERT_EQ(call(hypercalls, boot_zeroed, 0), 0U);
 }
 
+// It holds code that the guest may run and not write (TLFS "Establishing the Hypercall Interface").
+TEST_F(Calls, RefuseTheHypercallPageAsTheirOutput) {
+  auto hypercalls = *ExtendedHypercalls::create(memory);
+  hypercalls.set_hypercall_page(PageNumber(0x10));
+  EXPECT_EQ(call(hypercalls, query, 0x10000), hv_result(HvStatus::invalid_parameter));
+  EXPECT_EQ(call(hypercalls, query, 0x10FF8), hv_result(HvStatus::invalid_parameter));
+  EXPECT_EQ(call(hypercalls, boot_zeroed, 0x10000), hv_result(HvStatus::invalid_parameter));
+  EXPECT_EQ(call(hypercalls, boot_zeroed, 0x10008), hv_result(HvStatus::invalid_parameter));
+  EXPECT_EQ(call(hypercalls, boot_zeroed, 0x10010), hv_result(HvStatus::invalid_alignment));
+  EXPECT_TRUE(memory.survey().touched.empty());
+  EXPECT_EQ(call(hypercalls, boot_zeroed, 0xF000), 0U);
+  EXPECT_EQ(call(hypercalls, query, 0x11000), 0U);
+  hypercalls.set_hypercall_page(std::nullopt);
+  EXPECT_EQ(call(hypercalls, boot_zeroed, 0x10000), 0U);
+}
+
 // A call's output page is out of reach for the others' answers until the call has returned, whatever it holds.
 TEST_F(Calls, LeavesOutTheOutputOfCallsInProgress) {
   ExtendedHypercalls* self = nullptr;

@@ -171,6 +171,8 @@ TEST_P(HypervOver, RefusesBadCallsAlike) {
       {0x8002, 0x10},           // over the page's end
       {0x8002, 0x4000'0000},    // no memory
       {0x8002, 1ULL << 62},     // beyond the guest-physical space
+      {0x8002, hypercall_page}, // the guest's to run only
+      {0x8001, hypercall_page + 0xFF8},
       {0x8003, 0},              // not offered
       {0x8003 | 1ULL << 16, 0}, // not offered, fast
       {0x8003 | 1ULL << 31, 0}, // not offered, nested
@@ -180,7 +182,7 @@ TEST_P(HypervOver, RefusesBadCallsAlike) {
   for (const auto& [control, output] : calls)
     hypercall(code, control, output);
   start(code.hlt());
-  EXPECT_EQ(run_to_end(), (std::vector<std::uint64_t>{5, 3, 3, 3, 4, 5, 4, 2, 5, 3, 3}));
+  EXPECT_EQ(run_to_end(), (std::vector<std::uint64_t>{5, 3, 3, 3, 4, 5, 4, 5, 5, 2, 5, 3, 3}));
 }
 
 // The next three ask for what Linux's own tests of KVM ask for (selftests hyperv_extended_hypercalls, hyperv_features).
