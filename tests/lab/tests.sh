@@ -28,6 +28,9 @@ if [ -e /guests ]; then export CPPVMM_GUEST_MODULES=/guests; fi
 # Several thousand, on a processor that is emulated, would take longer than all the rest.
 export CPPVMM_ORACLE_CASES=400
 
+# How long a guest calls without a pause.
+export CPPVMM_HOSTILE_SECONDS=60
+
 # The pool that hugetlb memory is taken from: 256 MiB and some.
 echo 160 >/proc/sys/vm/nr_hugepages
 for program in "$@"; do run "$program" timeout 3000 "/$program" --gtest_color=no; done
