@@ -185,6 +185,8 @@ std::optional<Holdings> holdings_of(pid_t process) {
 class LinuxNeverStops : public LinuxHostile, public testing::WithParamInterface<const char*> {};
 
 // CPPVMM_HOSTILE_SECONDS: how long the guest calls; 10 by default.
+// Where the vCPUs share a processor they take turns, so that the longest gap says as much of the host's scheduler as of
+// the VMM: it is told, and not judged.
 TEST_P(LinuxNeverStops, TheVmmKeepsItsSizeAndTheOtherProcessorGoesOn) {
 #ifdef CPPVMM_SANITIZED
   GTEST_SKIP() << "a sanitizer keeps memory of its own";
