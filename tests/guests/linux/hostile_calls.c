@@ -599,7 +599,8 @@ static int together(void) {
 
 // ---- the loop
 
-#define LOOP_PARTS 10
+#define LOOP_PARTS 10 // of the time; each of them longer where it is too short for these calls
+#define CALLS_A_PART 32
 static atomic64_t steps, longest_gap, most_calls; // between two steps; the gap in cycles of the TSC
 
 // Waits for the clock chip to show another second; when that was, in cycles. Linux's own clock is no measure: in a
@@ -688,14 +689,14 @@ struct loop {
 // CPU 0.
 static int call_in_a_loop(void* which) {
   struct loop* const self = which;
-  u64 start = next_second(), last_made = 0, last_steps = 0, msrs = 0, now, result;
+  u64 start = next_second(), part_start, last_made = 0, last_steps = 0, msrs = 0, now, result;
   const u64 second = next_second() - start;
   unsigned int part = 0;
   size_t i = 0;
 
   atomic64_set(&longest_gap, 0);
   last_steps = atomic64_read(&steps);
-  start = rdtsc_ordered();
+  part_start = start = rdtsc_ordered();
   while (part < LOOP_PARTS) {
     result = call(CALL_QUERY_CAPABILITIES, __pa(self->output));
     check(result == success && self->output->count == 1, "query in the loop", "\"result\": \"%llx\"", result);
@@ -705,18 +706,19 @@ static int call_in_a_loop(void* which) {
               !names(self->output, page_of(self->output)),
           "answer in the loop", "\"result\": \"%llx\", \"ranges\": %llu", result, self->output->count);
     bad_call(i++, __pa(self->output));
-    if (i % 64 == 0) {
+    if (i % 64 == 2) { // the first time round too
       write_msrs(self->output, self->other);
       msrs++;
     }
     cond_resched();
     now = rdtsc_ordered();
-    if (now - start < (part + 1) * second * seconds / LOOP_PARTS) continue;
+    if (now - part_start < second * seconds / LOOP_PARTS || atomic64_read(&made) - last_made < CALLS_A_PART) continue;
     part++;
     guest_result("\"mode\": \"loop\", \"part\": %u, \"made\": %llu, \"steps\": %llu", part,
                  atomic64_read(&made) - last_made, atomic64_read(&steps) - last_steps);
     last_made = atomic64_read(&made);
     last_steps = atomic64_read(&steps);
+    part_start = now;
   }
   now = max(now - start, second) / 1000; // in thousands, for the products to fit
   guest_result("\"mode\": \"loop\", \"ms\": %llu, \"per_second\": %llu, \"msr_rounds\": %llu, \"longest_gap_us\": "
