@@ -100,7 +100,7 @@ TEST_P(LinuxMemoryIsZero, AsFarAsTheGuestWasTold) {
   if (HasFatalFailure() || IsSkipped()) return;
   EXPECT_EQ(figures["hypercalls"], transport);
   EXPECT_GT(free_pages(), 65536U / 2);
-  // 80 % with transparent huge pages and 82 % without, on 6.12 and 6.1. Linux has written the rest: what it was
+  // 80 % with transparent huge pages and 82 % without, on 6.12. Linux has written the rest: what it was
   // unpacked from, its initial file system.
   EXPECT_GT(share(), 0.7) << answer;
 }
@@ -127,7 +127,7 @@ protected:
     if (!are_zeros_found) {
       EXPECT_EQ(pages("cleared_reported_pages"), 0U) << answer;
     }
-    // All but what Linux used before; 74 % on 6.12 and 6.1.
+    // All but what Linux used before: 74 % on 6.12 at least.
     EXPECT_GT(share(), 0.65) << answer;
   }
 };
