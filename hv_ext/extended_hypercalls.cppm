@@ -76,9 +76,9 @@ public:
   /// Requirements").
   [[nodiscard]] HypercallResult handle(std::uint64_t control, GuestAddress input, GuestAddress output, unsigned cpl);
 
-  /// Where the hypercall page is now, if anywhere: no output is written to it, for the guest may only run it (TLFS
-  /// "Establishing the Hypercall Interface"), and answers leave it out. (It holds code, which the survey sees; this
-  /// makes it certain.)
+  /// Where the hypercall page is now, if anywhere: calls that begin later write no output to it, for the guest may only
+  /// run it (TLFS "Establishing the Hypercall Interface"), and answers leave it out. (It holds code, which the survey
+  /// sees; this makes it certain.)
   void set_hypercall_page(std::optional<PageNumber> page);
 
   [[nodiscard]] const HvOptions& options() const;

@@ -190,9 +190,11 @@ public:
     const auto wall = Clock::now() - started;
 
     if (signal_ != 0) return std::unexpected(interrupted());
-    if (auto text = findings_.failure()) return failure(std::move(*text));
+    if (auto text = findings_.failure()) return std::unexpected(after_answers({.text = std::move(*text)}));
     figures_.wall_ms = Milliseconds(wall).count();
-    return collect();
+    auto collected = collect();
+    if (!collected) return std::unexpected(after_answers(std::move(collected.error())));
+    return collected;
   }
 
 private:
@@ -236,7 +238,13 @@ private:
   }
 
   [[nodiscard]] Failure interrupted() const {
-    return {.status = 128 + signal_, .text = "interrupted, no figures were written"};
+    return after_answers({.status = 128 + signal_, .text = "interrupted, no figures were written"});
+  }
+
+  /// No figures are written of a run that fails; but an unsound answer may be why it did.
+  [[nodiscard]] Failure after_answers(Failure why) const {
+    if (const auto unsound = find_unsound(findings_.answers())) why.text = *unsound + "; then: " + why.text;
+    return why;
   }
 
   /// Every vCPU has ended. A power cycle follows on another thread, so that signals are heard meanwhile.

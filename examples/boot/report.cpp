@@ -97,7 +97,7 @@ Json boots_json(const AnswerLog& answers) {
     boots.push_back({{"boot", answer.boot},
                      {"reported_pages", answer.reported_pages},
                      {"touched_pages", answer.touched_pages},
-                     {"ranges", answer.ranges},
+                     {"range_count", answer.ranges},
                      {"unsound_pages", number_or_null(answer.unsound_pages)},
                      {"missed_zero_pages", number_or_null(answer.missed_zero_pages)},
                      {"survey_us", answer.survey_us}});
@@ -158,16 +158,20 @@ void AnswerLog::add(std::uint32_t boot, AnswerFigures answer) {
   last = std::move(answer);
 }
 
+std::optional<std::string> find_unsound(const AnswerLog& answers) {
+  const auto& first = answers.first_unsound;
+  if (!first) return std::nullopt;
+  if (answers.given == 1)
+    return "the audit found " + std::to_string(first->pages) + " reported pages that hold data, the first is page " +
+           std::to_string(first->first_page);
+  return "the audit found reported pages that hold data in " + std::to_string(answers.unsound) + " of " +
+         std::to_string(answers.given) + " answers, first in answer " + std::to_string(first->answer) + " (boot " +
+         std::to_string(first->boot) + "): " + std::to_string(first->pages) + " pages, the first is page " +
+         std::to_string(first->first_page);
+}
+
 std::optional<std::string> find_fault(const RunFigures& figures) {
-  if (const auto& unsound = figures.answers.first_unsound) {
-    if (figures.answers.given == 1)
-      return "the audit found " + std::to_string(unsound->pages) +
-             " reported pages that hold data, the first is page " + std::to_string(unsound->first_page);
-    return "the audit found reported pages that hold data in " + std::to_string(figures.answers.unsound) + " of " +
-           std::to_string(figures.answers.given) + " answers, first in answer " + std::to_string(unsound->answer) +
-           " (boot " + std::to_string(unsound->boot) + "): " + std::to_string(unsound->pages) +
-           " pages, the first is page " + std::to_string(unsound->first_page);
-  }
+  if (auto unsound = find_unsound(figures.answers)) return unsound;
   if (const std::uint64_t nonzero = figures.nonzero_pages_at_end.value_or(0); nonzero != 0)
     return "the audit found " + std::to_string(nonzero) + " pages that hold data after the guest took them for zero";
   return std::nullopt;
@@ -205,7 +209,7 @@ std::string to_json(const RunFigures& figures) {
       {"resets", figures.resets},
       {"answers_given", figures.answers.given},
       {"unsound_answers", figures.answers.audited != 0 ? Json(figures.answers.unsound) : Json()},
-      {"answers", boots_json(figures.answers)},
+      {"boots", boots_json(figures.answers)},
       {"ranges", std::move(ranges)},
       {"ram_pages", figures.ram_pages},
       {"touched_pages", answer ? Json(answer->touched_pages) : Json()},
@@ -254,7 +258,7 @@ std::string to_text(const RunFigures& figures) {
       text += "\nanswers     " + std::to_string(figures.answers.given) + ", of which this was the last" +
               (figures.answers.audited == 0
                    ? ""
-                   : "; " + std::to_string(figures.answers.unsound) + " reported pages that hold data");
+                   : "; pages with data were reported in " + std::to_string(figures.answers.unsound) + " of them");
   }
   if (figures.resets != 0)
     text += "\nresets      " + std::to_string(figures.resets) +

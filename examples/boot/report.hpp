@@ -134,6 +134,9 @@ struct RunFigures {
 /// A few lines for a person.
 [[nodiscard]] std::string to_text(const RunFigures& figures);
 
+/// That an answer reported pages with data in them, if one did: one line for a person.
+[[nodiscard]] std::optional<std::string> find_unsound(const AnswerLog& answers);
+
 /// Why the run is a failure for all that: one line for a person. Nothing when all audits are good, or there were none.
 [[nodiscard]] std::optional<std::string> find_fault(const RunFigures& figures);
 

@@ -32,7 +32,7 @@ json json_of(const RunFigures& figures) { return json::parse(to_json(figures)); 
 TEST(Report, WithoutAnAnswerHasNoneToTellOf) {
   const RunFigures figures;
   const json told = json_of(figures);
-  EXPECT_EQ(told["answers"], json::array());
+  EXPECT_EQ(told["boots"], json::array());
   EXPECT_EQ(told["answers_given"], 0);
   EXPECT_TRUE(told["unsound_answers"].is_null());
   EXPECT_TRUE(told["unsound_pages"].is_null());
@@ -44,13 +44,13 @@ TEST(Report, OfAnAnswerThatNobodyAuditedSaysSo) {
   RunFigures figures;
   figures.answers.add(1, answer(500, std::nullopt));
   const json told = json_of(figures);
-  EXPECT_EQ(told["answers"], json::array({{{"boot", 1},
-                                           {"reported_pages", 500},
-                                           {"touched_pages", 7692},
-                                           {"ranges", 2},
-                                           {"unsound_pages", nullptr},
-                                           {"missed_zero_pages", nullptr},
-                                           {"survey_us", 5.0}}}));
+  EXPECT_EQ(told["boots"], json::array({{{"boot", 1},
+                                         {"reported_pages", 500},
+                                         {"touched_pages", 7692},
+                                         {"range_count", 2},
+                                         {"unsound_pages", nullptr},
+                                         {"missed_zero_pages", nullptr},
+                                         {"survey_us", 5.0}}}));
   EXPECT_EQ(told["answers_given"], 1);
   EXPECT_TRUE(told["unsound_answers"].is_null());
   EXPECT_EQ(find_fault(figures), std::nullopt);
@@ -66,13 +66,13 @@ TEST(Report, KeepsTheLastAnswerOfEachBoot) {
     figures.answers.add(5, answer(300, 0));
   figures.answers.add(5, answer(250, 0));
   const json told = json_of(figures);
-  ASSERT_EQ(told["answers"].size(), 3U);
-  EXPECT_EQ(told["answers"][0]["boot"], 1);
-  EXPECT_EQ(told["answers"][0]["reported_pages"], 400);
-  EXPECT_EQ(told["answers"][1]["boot"], 3);
-  EXPECT_EQ(told["answers"][2]["boot"], 5);
-  EXPECT_EQ(told["answers"][2]["reported_pages"], 250);
-  EXPECT_EQ(told["answers"][2]["missed_zero_pages"], 7);
+  ASSERT_EQ(told["boots"].size(), 3U);
+  EXPECT_EQ(told["boots"][0]["boot"], 1);
+  EXPECT_EQ(told["boots"][0]["reported_pages"], 400);
+  EXPECT_EQ(told["boots"][1]["boot"], 3);
+  EXPECT_EQ(told["boots"][2]["boot"], 5);
+  EXPECT_EQ(told["boots"][2]["reported_pages"], 250);
+  EXPECT_EQ(told["boots"][2]["missed_zero_pages"], 7);
   EXPECT_EQ(told["answers_given"], 1004);
   EXPECT_EQ(told["unsound_answers"], 0);
   EXPECT_EQ(told["resets"], 4);
@@ -91,11 +91,12 @@ TEST(Report, ForgetsNoUnsoundAnswer) {
   const json told = json_of(figures);
   EXPECT_EQ(told["unsound_pages"], 0) << "of the last answer";
   EXPECT_EQ(told["unsound_answers"], 2);
-  EXPECT_EQ(told["answers"][1]["unsound_pages"], 0);
+  EXPECT_EQ(told["boots"][1]["unsound_pages"], 0);
   EXPECT_EQ(find_fault(figures), "the audit found reported pages that hold data in 2 of 4 answers, first in answer 2 "
                                  "(boot 2): 9 pages, the first is page 123");
-  EXPECT_NE(to_text(figures).find("answers     4, of which this was the last; 2 reported pages that hold data"),
-            std::string::npos)
+  EXPECT_NE(
+      to_text(figures).find("answers     4, of which this was the last; pages with data were reported in 2 of them"),
+      std::string::npos)
       << to_text(figures);
 }
 
