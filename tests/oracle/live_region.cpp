@@ -63,6 +63,7 @@ std::expected<std::unique_ptr<LiveRegion>, std::string> LiveRegion::make(const R
   const RegionKind kind = spec.rom ? RegionKind::rom : RegionKind::ram;
   live->contents_.assign(live->spec_.pages, Content::zero);
   live->reasons_.assign(live->spec_.pages, Reason::none);
+  live->ever_touched_.assign(live->spec_.pages, false);
   live->file_contents_.assign(live->spec_.pages, Content::zero);
   live->proven_.assign(live->spec_.pages, false);
   live->writers_.assign(live->spec_.pages, 0);
@@ -272,6 +273,7 @@ void LiveRegion::wrote(std::uint32_t page, std::uint32_t count, Content content)
 }
 
 void LiveRegion::touched(std::uint32_t page, std::uint32_t count, Reason why) {
+  std::fill_n(ever_touched_.begin() + page, count, true);
   for (std::uint32_t at = page; at < page + count; ++at)
     if (why == Reason::written || reasons_[at] == Reason::none || reasons_[at] == Reason::read) reasons_[at] = why;
   if (proof_ == Proof::watch && why != Reason::read) {
@@ -390,6 +392,21 @@ Reason LiveRegion::reason(std::uint32_t page, SurveyMode mode) const {
   for (std::uint32_t at = std::max(first, base); at < std::min(first + pages_at_once, base + spec_.pages); ++at)
     if (counts(reasons_[at - base]) || file_contents_[at - base] == Content::data) return Reason::huge_page;
   return Reason::none;
+}
+
+bool LiveRegion::may_come_with(std::uint32_t page, const LiveRegion& neighbour) const {
+  const auto is_mergeable = [](const LiveRegion& live) {
+    return (live.spec_.memory == Memory::anonymous || live.spec_.memory == Memory::adopted_anonymous) &&
+           live.is_coarse();
+  };
+  if (!is_mergeable(*this) || !is_mergeable(neighbour)) return false;
+  const auto number = [](const LiveRegion& live) { return reinterpret_cast<std::uintptr_t>(live.host(0)) / page_size; };
+  const std::uint64_t first = (number(*this) + page) / huge_pages * huge_pages;
+  const std::uint64_t from = std::max(first, number(neighbour));
+  const std::uint64_t to = std::min(first + huge_pages, number(neighbour) + neighbour.spec_.pages);
+  for (std::uint64_t at = from; at < to; ++at)
+    if (neighbour.ever_touched_[at - number(neighbour)]) return true;
+  return false;
 }
 
 } // namespace cppvmm::oracle

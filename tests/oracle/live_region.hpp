@@ -98,6 +98,9 @@ public:
   void set_content(std::uint32_t page, Content content) { contents_[page] = content; }
   /// Why the page may be missing, all things considered but those that concern the answer.
   [[nodiscard]] Reason reason(std::uint32_t page, SurveyMode mode) const;
+  /// Whether a page of `neighbour` that is, or was, in use can have brought this one, in a huge page over the end of
+  /// both: of private mappings that are alike and lie side by side the kernel makes one.
+  [[nodiscard]] bool may_come_with(std::uint32_t page, const LiveRegion& neighbour) const;
   RegionFacts facts;
 
   /// Pages whose content can be read without bringing anything in, as things are now.
@@ -144,6 +147,7 @@ private:
   std::vector<Content> file_contents_; ///< What the file of a private mapping holds.
   std::vector<Content> contents_;
   std::vector<Reason> reasons_;
+  std::vector<bool> ever_touched_;
   Proof proof_ = Proof::none;
   std::vector<bool> proven_;
   std::vector<std::uint8_t> writers_;

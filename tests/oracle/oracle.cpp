@@ -1022,7 +1022,9 @@ private:
     if (contains(zeroed_, number)) return is_full_ ? Reason::beyond_255 : Reason::none;
     if (contains(left_out_, number)) return Reason::left_out;
     if (contains(marked_, number)) return Reason::marked;
-    const Reason reason = live.reason(page, case_.mode);
+    Reason reason = live.reason(page, case_.mode);
+    const auto brings_it = [&](const Live& other) { return other.get() != &live && live.may_come_with(page, *other); };
+    if (reason == Reason::none && std::ranges::any_of(lives_, brings_it)) reason = Reason::huge_page;
     if (reason == Reason::none || live.is_proven(page)) return Reason::none;
     if (case_.mode != SurveyMode::content_check || live.spec().memory == Memory::unknown) return reason;
     return readable_[page] ? Reason::none : Reason::absent;
