@@ -82,6 +82,14 @@ std::string small_image(std::string_view code) {
   return file;
 }
 
+bool lacks_transport(const Ended& ended) {
+  return ended.status == 1 && ended.err.find("KVM does not forward") != std::string::npos;
+}
+
+bool lacks_write_watch(const Ended& ended) {
+  return ended.status == 1 && ended.err.find("(Linux 6.7): not available") != std::string::npos;
+}
+
 void Linux::SetUp() {
   const int kvm = open("/dev/kvm", O_RDWR | O_CLOEXEC);
   if (kvm < 0) GTEST_SKIP() << "/dev/kvm is not usable here";

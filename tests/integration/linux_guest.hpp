@@ -3,6 +3,8 @@
 // of tests/guests/linux, built for that kernel.
 #pragma once
 
+#include "program.hpp"
+
 #include <filesystem>
 #include <gtest/gtest.h>
 #include <nlohmann/json.hpp>
@@ -47,6 +49,10 @@ struct GuestFile {
 // Without CMPXCHG16B, after which QEMU's emulated processor (7.2, in the lab) once came back from an exit with flags
 // that were none: a double fault in the guest.
 inline constexpr const char* linux_command_line = "console=ttyS0 quiet panic=-1 clearcpuid=cx16 reboot=";
+
+/// Whether cppvmm-boot ended because this KVM forwards no extended hypercalls, or this kernel has no write watch.
+[[nodiscard]] bool lacks_transport(const Ended& ended);
+[[nodiscard]] bool lacks_write_watch(const Ended& ended);
 
 /// Needs KVM.
 class Linux : public ::testing::Test {

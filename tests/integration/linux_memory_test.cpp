@@ -44,9 +44,8 @@ protected:
         "--audit",  "--json",      "-"};
     arguments.insert(arguments.end(), options.begin(), options.end());
     const Ended ended = run_program(CPPVMM_BOOT, arguments);
-    if (ended.err.find("KVM does not forward") != std::string::npos)
-      GTEST_SKIP() << "this KVM forwards no extended hypercalls";
-    if (ended.err.find("(Linux 6.7): not available") != std::string::npos) GTEST_SKIP() << ended.err;
+    if (lacks_transport(ended)) GTEST_SKIP() << "this KVM forwards no extended hypercalls";
+    if (lacks_write_watch(ended)) GTEST_SKIP() << ended.err;
     const auto results = module_results(ended.err);
     ASSERT_EQ(results.size(), 1U) << "status " << ended.status << "\n" << ended.err;
     answer = results.front();

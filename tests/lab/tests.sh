@@ -60,6 +60,9 @@ boot() {
   # By the VMM's own choice: `auto` takes the kernel's way where there is one.
   forwarded=no
   if /cppvmm-boot --memory 16M --json - | grep -q '"hypercalls": "kernel"'; then forwarded=yes; fi
+  # Linux 6.3 and later do (README.md): what is skipped for want of it would hide that they are not asked.
+  first=$(printf '6.3\n%s\n' "$(uname -r)" | sort -V | head -n 1)
+  if [ "$first" = 6.3 ] && [ $forwarded = no ]; then echo "lab: failed that Linux $(uname -r) forwards extended hypercalls"; fi
   for backing in anonymous memfd hugetlb; do
     for transport in kernel user; do
       for cpus in 1 2; do scenario $backing $transport $cpus; done
