@@ -124,7 +124,7 @@ TEST(Report, OfManyBootsIsALine) {
   EXPECT_NE(to_text(figures).find("reported by boot 500, 500, 500, 500, 500, 500, 500, 500, ... pages\n"),
             std::string::npos)
       << to_text(figures);
-  EXPECT_EQ(json_of(figures)["answers"].size(), 1001U);
+  EXPECT_EQ(json_of(figures)["boots"].size(), 1001U);
 }
 
 } // namespace
