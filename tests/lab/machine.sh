@@ -1,17 +1,21 @@
 #!/usr/bin/env bash
-# machine.sh --kernel FOLDER [--memory 3G] [--cpus 1] [--timeout 600] [--include PATH[:DEST]]... -- PROGRAM [ARG...]
+# machine.sh --kernel FOLDER [--memory 3G] [--cpus 1] [--timeout 600] [--include PATH[:DEST]]... [--fetch PATH:FILE]...
+#   [--stdin] -- PROGRAM [ARG...]
 #
 # Runs PROGRAM as root in an emulated machine: QEMU's software CPU with AMD's SVM and nested paging, and the kernel of
 # FOLDER (see kernel.sh), whose KVM then runs guests on that CPU. Standard output and error come out here as they are,
 # and so does the exit status. Of its own:
-#   124  it ran longer than --timeout seconds
+#   124  it ran longer than --timeout seconds (0: as long as it likes)
 #   125  the machine stopped, and PROGRAM had not ended; twice, for it is tried once more
 #   126  the machine cannot be made
 # PROGRAM with a slash is a file of this host; without one it is a busybox applet (sh), else found through PATH. It and
 # each --include (a file or a folder) are in the machine at /NAME, or /DEST, with the shared libraries they need.
+# What PROGRAM leaves at the PATH of a --fetch comes to FILE here, if it is there. Its standard input is empty, or, with
+# --stdin, what comes in here; then a machine that stopped is not tried again.
 # PROGRAM starts in /tmp. All files are a tmpfs's; /proc, /sys, /dev, /dev/shm and the control groups are mounted; there
 # is no network.
-# LAB_CONSOLE names a file for what the machine's kernel says.
+# LAB_CONSOLE names a file for what the machine's kernel says; LAB_PROCESSOR which of the processors the machine takes,
+# from 0 on (any one by default).
 set -euo pipefail
 
 fail() {
@@ -19,10 +23,14 @@ fail() {
   exit 126
 }
 
-kernel='' memory=3G cpus=1 limit=600 includes=()
+kernel='' memory=3G cpus=1 limit=600 includes=() fetches=() input=''
 while (($# > 0)); do
   case $1 in
-    --kernel | --memory | --cpus | --timeout | --include)
+    --stdin)
+      input=yes
+      shift
+      ;;
+    --kernel | --memory | --cpus | --timeout | --include | --fetch)
       (($# > 1)) || fail "$1 needs a value"
       case $1 in
         --kernel) kernel=$2 ;;
@@ -30,6 +38,7 @@ while (($# > 0)); do
         --cpus) cpus=$2 ;;
         --timeout) limit=$2 ;;
         --include) includes+=("$2") ;;
+        --fetch) fetches+=("$2") ;;
       esac
       shift 2
       ;;
@@ -43,7 +52,7 @@ done
 (($# > 0)) || fail "no program given"
 [[ $memory =~ ^[0-9]+[MG]$ ]] || fail "--memory: $memory is not a size such as 3G"
 [[ $cpus =~ ^[1-9][0-9]*$ ]] || fail "--cpus: $cpus is not a number"
-[[ $limit =~ ^[1-9][0-9]*$ ]] || fail "--timeout: $limit is not a number of seconds"
+[[ $limit =~ ^(0|[1-9][0-9]*)$ ]] || fail "--timeout: $limit is not a number of seconds"
 [[ -e $kernel/vmlinuz ]] || fail "no kernel in '$kernel'"
 for tool in qemu-system-x86_64 cpio taskset; do
   command -v "$tool" >/dev/null || fail "$tool is missing"
@@ -127,6 +136,13 @@ if [[ $name == /* ]] && ! cmp -s "$program" "$root$name"; then
   add "$program" "${name#/}"
 fi
 
+# What is fetched is packed into an archive when the program has ended, by its names in here.
+: >"$root/fetch"
+for entry in "${fetches[@]}"; do
+  mkdir -p "$root/$(dirname "${entry%%:*}")"
+  echo "${entry%%:*}" >>"$root/fetch"
+done
+
 quoted() {
   local word
   for word in "$@"; do printf "'%s' " "${word//\'/\'\\\'\'}"; done
@@ -150,6 +166,7 @@ ln -s /proc/self/fd/0 /dev/stdin
 ln -s /proc/self/fd/1 /dev/stdout
 ln -s /proc/self/fd/2 /dev/stderr
 
+in= files=
 while read -r module; do
   insmod "/modules/$module.ko" || echo "$module" >>/unloaded
 done </modules/load
@@ -158,14 +175,29 @@ for port in /sys/class/virtio-ports/*; do
     lab.out) out=/dev/${port##*/} ;;
     lab.err) err=/dev/${port##*/} ;;
     lab.status) status=/dev/${port##*/} ;;
+    lab.files) files=/dev/${port##*/} ;;
+    lab.in) in=/dev/${port##*/} ;;
   esac
 done
 if [ ! -c /dev/kvm ]; then
   echo "lab: this kernel's KVM does not start here$(sed 's/^/, no /' /unloaded 2>/dev/null | tr -d '\n')" >"$err"
 fi
 cd /tmp
-sh /command </dev/null >"$out" 2>"$err"
-echo $? >"$status"
+# A port can be opened once; what the program reads from it may open anew.
+if [ -n "$in" ]; then
+  mkfifo /input
+  cat "$in" >/input &
+  sh /command </input >"$out" 2>"$err"
+else
+  sh /command </dev/null >"$out" 2>"$err"
+fi
+echo $? >/ended
+set --
+while read -r file; do
+  if [ -e "$file" ]; then set -- "$@" "$file"; fi
+done </fetch
+if [ $# != 0 ]; then tar -cf "$files" "$@" 2>/dev/null; fi
+cat /ended >"$status"
 poweroff -f
 INIT
 chmod +x "$root/init"
@@ -173,21 +205,21 @@ chmod +x "$root/init"
 
 # ------------------------------------------------------------------------------------------------------------- running
 
-# One of the processors that this may run on.
-any_processor() {
+# The processor of that number among those that this may run on, or any.
+processor() {
   local list part processors=()
   list=$(taskset --cpu-list --pid $$)
   IFS=, read -r -a list <<<"${list##*: }"
   for part in "${list[@]}"; do
     mapfile -t -O "${#processors[@]}" processors < <(seq "${part%-*}" "${part#*-}")
   done
-  echo "${processors[RANDOM % ${#processors[@]}]}"
+  echo "${processors[${LAB_PROCESSOR:-RANDOM} % ${#processors[@]}]}"
 }
 
 # run_machine: one run from power on to off; the status of `timeout`.
 run_machine() {
-  local status=0 out err readers=()
-  rm -f "$work"/{out,err,status}
+  local status=0 out err keys writer='' readers=() devices=()
+  rm -f "$work"/{out,err,status,files}
   mkfifo "$work/out" "$work/err"
   : >"$work/status"
   cat "$work/out" &
@@ -196,6 +228,17 @@ run_machine() {
   readers+=($!)
   # They read until this end is closed too: QEMU may end before it has opened its own.
   exec {out}>"$work/out" {err}>"$work/err"
+  if ((${#fetches[@]} > 0)); then
+    devices+=(-chardev "file,id=files,path=$work/files" -device 'virtserialport,chardev=files,name=lab.files')
+  fi
+  if [[ -n $input ]]; then
+    # Through a pipe of its own: QEMU makes it non-blocking, which a terminal that others use must not become.
+    exec {keys}< <(exec cat <&"$stdin")
+    writer=$!
+    devices+=(-chardev 'stdio,id=in,signal=off' -device 'virtserialport,chardev=in,name=lab.in')
+  else
+    exec {keys}</dev/null
+  fi
   # The CPUs take turns in one thread. In threads of their own one of them sooner or later traps on an int3 that the
   # kernel's patching of itself has taken away again, which is a panic. KVM has the scheduler patched whenever the first
   # VM is made or the last one ends: some hundred VMs were enough (QEMU 7.2, Linux 6.12).
@@ -203,41 +246,64 @@ run_machine() {
   # instruction that is not locked, and if its other thread sets the timer's bit meanwhile, that is lost. Then the machine
   # waits for ever, idle (QEMU 7.2, do_vmexit; 2 of some 50 boots of Linux guests).
   # A panic ends the machine, by a restart that QEMU does not make.
-  timeout --foreground "$limit" taskset --cpu-list "$(any_processor)" qemu-system-x86_64 \
+  timeout --foreground "$limit" taskset --cpu-list "$(processor)" qemu-system-x86_64 \
     -accel tcg,thread=single -cpu EPYC,+svm,+npt -smp "$cpus" -m "$memory" \
     -kernel "$kernel/vmlinuz" -initrd "$work/initramfs" -append 'console=ttyS0 quiet panic=-1 mitigations=off' \
     -display none -monitor none -nic none -no-reboot -serial "file:$work/console" \
     -chardev "file,id=out,path=$work/out" -chardev "file,id=err,path=$work/err" \
     -chardev "file,id=status,path=$work/status" -device virtio-serial-pci \
     -device virtserialport,chardev=out,name=lab.out -device virtserialport,chardev=err,name=lab.err \
-    -device virtserialport,chardev=status,name=lab.status </dev/null >"$work/qemu" 2>&1 &
+    -device virtserialport,chardev=status,name=lab.status "${devices[@]}" \
+    <&"$keys" >"$work/qemu" 2>&1 &
   machine=$!
+  exec {keys}<&-
   wait "$machine" || status=$?
   machine=
+  if [[ -n $writer ]]; then kill "$writer" 2>/dev/null || true; fi
   exec {out}>&- {err}>&-
   wait "${readers[@]}" || true
-  if [[ -n ${LAB_CONSOLE:-} ]]; then cat "$work/console" "$work/qemu" >>"$LAB_CONSOLE" 2>/dev/null || true; fi
+  if [[ -n ${LAB_CONSOLE:-} ]]; then cat "$work"/{console,qemu} 2>/dev/null >>"$LAB_CONSOLE" || true; fi
   return "$status"
 }
 
 # The last thing of note that the machine's kernel said, or QEMU when it was not that far.
 last_words() {
   local words
-  words=$(tr -d '\r' <"$work/console" 2>/dev/null | grep -E 'Kernel panic|BUG:|Oops|RIP:|Out of memory' | head -n 1) ||
-    words=$(tr -d '\r' <"$work/console" 2>/dev/null | grep . | tail -n 1) ||
+  words=$(tr -d '\r' 2>/dev/null <"$work/console" | grep -E 'Kernel panic|BUG:|Oops|RIP:|Out of memory' | head -n 1) ||
+    words=$(tr -d '\r' 2>/dev/null <"$work/console" | grep . | tail -n 1) ||
     words=$(grep -v 'warning: TCG' "$work/qemu" | tail -n 1) || words='nothing was said'
   echo "${words#\[*\] }"
 }
 
+# take_files: brings what was fetched to where it belongs.
+take_files() {
+  local entry file
+  for entry in "${fetches[@]}"; do
+    file=${entry%%:*}
+    file=${file#/}
+    if ! tar -tf "$work/files" "$file" >/dev/null 2>&1; then continue; fi
+    tar -xOf "$work/files" "$file" >"${entry#*:}" || {
+      echo "lab: ${entry#*:} cannot be written" >&2
+      return 1
+    }
+  done
+}
+
+exec {stdin}<&0
 if [[ -n ${LAB_CONSOLE:-} ]]; then : >"$LAB_CONSOLE"; fi
 for attempt in 1 2; do
   status=0
   run_machine || status=$?
-  if [[ -s $work/status ]]; then exit "$(<"$work/status")"; fi
+  if [[ -s $work/status ]]; then
+    status=$(<"$work/status")
+    take_files || ((status != 0)) || status=1
+    exit "$status"
+  fi
   if ((status == 124)); then
     echo "lab: stopped, for it had run for $limit s" >&2
     exit 124
   fi
-  echo "lab: the machine stopped without a status: $(last_words)$( ((attempt == 2)) || echo '; once more')" >&2
+  echo "lab: the machine stopped without a status: $(last_words)$( ((attempt == 2)) || [[ -n $input ]] || echo '; once more')" >&2
+  if [[ -n $input ]]; then break; fi
 done
 exit 125
