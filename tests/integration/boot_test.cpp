@@ -1,3 +1,4 @@
+#include "linux_guest.hpp"
 #include "program.hpp"
 #include "tests/support/huge_pages.hpp"
 
@@ -14,6 +15,7 @@
 #include <optional>
 #include <regex>
 #include <string>
+#include <string_view>
 #include <tuple>
 #include <unistd.h>
 #include <vector>
@@ -47,14 +49,7 @@ std::uint64_t sum(const json& numbers) {
   return total;
 }
 
-class Boot : public testing::Test {
-protected:
-  void SetUp() override {
-    const int kvm = open("/dev/kvm", O_RDWR | O_CLOEXEC);
-    if (kvm < 0) GTEST_SKIP() << "/dev/kvm is not usable here";
-    close(kvm);
-  }
-};
+using Boot = NeedsKvm;
 
 class BootAsking : public Boot, public testing::WithParamInterface<std::tuple<const char*, const char*>> {};
 
@@ -176,6 +171,33 @@ TEST_F(Boot, BothTransportsGiveTheGuestTheSame) {
   EXPECT_EQ(by_kernel["ranges"], by_user["ranges"]);
   EXPECT_EQ(by_kernel["calls"], by_user["calls"]);
 }
+
+/// Over each transport, a guest of a size whose audit takes a while.
+class BootOver : public Boot,
+                 public testing::WithParamInterface<std::tuple<const char*, const char*, const char*>> {};
+
+TEST_P(BootOver, TheAnswerIsSoundAndTheGuestIsRight) {
+  const auto& [transport, backing, cpus] = GetParam();
+  std::optional<cppvmm::test::HugePagePool> pool;
+  if (std::string_view(backing) == "hugetlb" && !pool.emplace().is_usable())
+    GTEST_SKIP() << cppvmm::test::HugePagePool::why_not;
+  const Ended ended = boot({"--memory", std::string_view(backing) == "hugetlb" ? "32M" : "256M", "--audit", "--json",
+                            "-", "--hypercalls", transport, "--backing", backing, "--cpus", cpus});
+  if (lacks_transport(ended)) GTEST_SKIP() << "this KVM forwards no extended hypercalls";
+  ASSERT_EQ(ended.status, 0) << ended.err;
+  const json figures = json::parse(ended.out);
+  EXPECT_EQ(figures["hypercalls"], transport);
+  EXPECT_EQ(figures["unsound_pages"], 0);
+  EXPECT_EQ(figures["nonzero_pages_at_end"], 0);
+}
+
+INSTANTIATE_TEST_SUITE_P(All, BootOver,
+                         testing::Combine(testing::Values("kernel", "user"),
+                                          testing::Values("anonymous", "memfd", "hugetlb"), testing::Values("1", "2")),
+                         [](const auto& info) {
+                           return std::string(std::get<0>(info.param)) + "_" + std::get<1>(info.param) + "_with_" +
+                                  std::get<2>(info.param) + "_vcpus";
+                         });
 
 /// Every kind of memory, as it is and present as a whole, with each way to an exact answer.
 class BootWith : public Boot, public testing::WithParamInterface<std::tuple<const char*, const char*>> {
@@ -393,44 +415,5 @@ TEST_P(BootInterrupted, EndsCleanlyAndWritesNoFigures) {
 
 INSTANTIATE_TEST_SUITE_P(Signals, BootInterrupted, testing::Values(SIGINT, SIGTERM),
                          [](const auto& info) { return info.param == SIGINT ? "Interrupt" : "Terminate"; });
-
-TEST(BootMistakes, AreOneLineAndStatus2) {
-  for (const std::vector<std::string>& mistake : {std::vector<std::string>{"--memory", "lots"},
-                                                  {"--cpus", "0"},
-                                                  {"--hypercalls", "maybe"},
-                                                  {"--no-such-option"}}) {
-    const Ended ended = boot(mistake);
-    EXPECT_EQ(ended.status, 2);
-    EXPECT_TRUE(is_one_line(ended.err)) << ended.err;
-    EXPECT_TRUE(ended.err.starts_with("cppvmm-boot: ")) << ended.err;
-    EXPECT_EQ(ended.out, "");
-  }
-}
-
-TEST(BootWithoutKvm, SaysInOneLineWhatToDo) {
-  const Ended missing = boot({"--kvm-device", "/nonexistent/kvm"});
-  EXPECT_EQ(missing.status, 1);
-  EXPECT_TRUE(is_one_line(missing.err)) << missing.err;
-  EXPECT_NE(missing.err.find("/nonexistent/kvm does not exist"), std::string::npos) << missing.err;
-  EXPECT_NE(missing.err.find("modprobe"), std::string::npos) << missing.err;
-
-  const Ended other = boot({"--kvm-device", "/dev/null"});
-  EXPECT_EQ(other.status, 1);
-  EXPECT_TRUE(is_one_line(other.err)) << other.err;
-  EXPECT_NE(other.err.find("/dev/null is not KVM's device"), std::string::npos) << other.err;
-}
-
-TEST(BootWithoutKvm, SaysInOneLineHowToGetPermission) {
-  if (geteuid() == 0) GTEST_SKIP() << "root may open anything";
-  const auto file = std::filesystem::path(testing::TempDir()) / ("kvm-" + std::to_string(getpid()));
-  const int fd = open(file.c_str(), O_CREAT | O_WRONLY | O_CLOEXEC, 0);
-  ASSERT_GE(fd, 0);
-  close(fd);
-  const Ended ended = boot({"--kvm-device", file.string()});
-  std::filesystem::remove(file);
-  EXPECT_EQ(ended.status, 1);
-  EXPECT_TRUE(is_one_line(ended.err)) << ended.err;
-  EXPECT_NE(ended.err.find("usermod -aG kvm"), std::string::npos) << ended.err;
-}
 
 } // namespace

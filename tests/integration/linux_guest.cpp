@@ -90,7 +90,7 @@ bool lacks_write_watch(const Ended& ended) {
   return ended.status == 1 && ended.err.find("(Linux 6.7): not available") != std::string::npos;
 }
 
-void Linux::SetUp() {
+void NeedsKvm::SetUp() {
   const int kvm = open("/dev/kvm", O_RDWR | O_CLOEXEC);
   if (kvm < 0) GTEST_SKIP() << "/dev/kvm is not usable here";
   close(kvm);

@@ -54,11 +54,13 @@ inline constexpr const char* linux_command_line = "console=ttyS0 quiet panic=-1 
 [[nodiscard]] bool lacks_transport(const Ended& ended);
 [[nodiscard]] bool lacks_write_watch(const Ended& ended);
 
-/// Needs KVM.
-class Linux : public ::testing::Test {
+/// Skipped, saying so, where KVM cannot be used.
+class NeedsKvm : public ::testing::Test {
 protected:
   void SetUp() override;
 };
+
+using Linux = NeedsKvm;
 
 /// Boots the kernel that CPPVMM_LINUX names; skipped, saying so, without one.
 class LinuxBoots : public Linux {

@@ -318,11 +318,6 @@ TEST_P(UserHypercallTest, AStopRequestNeitherLosesTheResultNorTheRefusal) {
   EXPECT_EQ(memory.read<ExceptionFrame>(vcpu.registers()->rsp).rip, page);
 }
 
-TEST(UserHypercallCode, IsAnOutToThePortAndAReturn) {
-  EXPECT_EQ(user_hypercall_code(0x12), (std::array{std::byte{0xE6}, std::byte{0x12}, std::byte{0xC3}}));
-  EXPECT_NE(user_hypercall_port, unusable_hypercall_port);
-}
-
 // KVM owns the Hyper-V MSRs and the page.
 class KernelHypercallTest : public BareGuestTest, public testing::WithParamInterface<bool> {
 protected:
