@@ -19,7 +19,7 @@
 #include <unistd.h>
 #include <vector>
 
-#include "support/huge_pages.hpp"
+#include "support/huge_pages_test.hpp"
 
 import cppvmm.guest_memory;
 

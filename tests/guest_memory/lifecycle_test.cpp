@@ -18,6 +18,7 @@
 #include <sys/vfs.h>
 #include <thread>
 #include <unistd.h>
+#include <utility>
 #include <vector>
 
 #include "support/huge_pages.hpp"
@@ -147,8 +148,9 @@ protected:
 
   void SetUp() override {
     if (is_hugetlb()) {
-      pool.emplace();
-      if (!pool->is_usable()) GTEST_SKIP() << test::HugePagePool::why_not;
+      auto taken = test::HugePagePool::take();
+      if (!taken) GTEST_SKIP() << taken.error();
+      pool.emplace(std::move(*taken));
     }
     if (backing() == Backing::private_file || backing() == Backing::shared_file) {
       file = sparse_file(bytes);

@@ -18,6 +18,7 @@
 #include <string_view>
 #include <tuple>
 #include <unistd.h>
+#include <utility>
 #include <vector>
 
 namespace {
@@ -179,8 +180,11 @@ class BootOver : public Boot,
 TEST_P(BootOver, TheAnswerIsSoundAndTheGuestIsRight) {
   const auto& [transport, backing, cpus] = GetParam();
   std::optional<cppvmm::test::HugePagePool> pool;
-  if (std::string_view(backing) == "hugetlb" && !pool.emplace().is_usable())
-    GTEST_SKIP() << cppvmm::test::HugePagePool::why_not;
+  if (std::string_view(backing) == "hugetlb") {
+    auto taken = cppvmm::test::HugePagePool::take();
+    if (!taken) GTEST_SKIP() << taken.error();
+    pool.emplace(std::move(*taken));
+  }
   const Ended ended = boot({"--memory", std::string_view(backing) == "hugetlb" ? "32M" : "256M", "--audit", "--json",
                             "-", "--hypercalls", transport, "--backing", backing, "--cpus", cpus});
   if (lacks_transport(ended)) GTEST_SKIP() << "this KVM forwards no extended hypercalls";
@@ -205,7 +209,10 @@ protected:
   void SetUp() override {
     Boot::SetUp();
     if (IsSkipped()) return;
-    if (is_huge() && !pool.emplace().is_usable()) GTEST_SKIP() << cppvmm::test::HugePagePool::why_not;
+    if (!is_huge()) return;
+    auto taken = cppvmm::test::HugePagePool::take();
+    if (!taken) GTEST_SKIP() << taken.error();
+    pool.emplace(std::move(*taken));
   }
 
   [[nodiscard]] static std::string backing() { return std::get<0>(GetParam()); }

@@ -17,6 +17,7 @@
 #include <thread>
 #include <tuple>
 #include <unistd.h>
+#include <utility>
 #include <vector>
 
 // A kernel that does what its command line says, a character a command, and after that what its console says, once it
@@ -102,7 +103,10 @@ protected:
   void SetUp() override {
     Reset::SetUp();
     if (IsSkipped()) return;
-    if (is_huge() && !pool.emplace().is_usable()) GTEST_SKIP() << cppvmm::test::HugePagePool::why_not;
+    if (!is_huge()) return;
+    auto taken = cppvmm::test::HugePagePool::take();
+    if (!taken) GTEST_SKIP() << taken.error();
+    pool.emplace(std::move(*taken));
   }
 
   [[nodiscard]] static std::string backing() { return std::get<0>(GetParam()); }

@@ -1,4 +1,5 @@
 #include "resources.hpp"
+#include "support/temporary_file.hpp"
 
 #include <algorithm>
 #include <array>
@@ -128,7 +129,7 @@ std::expected<std::unique_ptr<LiveRegion>, std::string> LiveRegion::make(const R
     adopt(Backing::memfd);
     break;
   case Memory::shared_file: {
-    auto file = temporary_file();
+    auto file = test::temporary_file();
     if (!file) return std::unexpected(file.error());
     own_file(*file, slice);
     if (ftruncate(*file, static_cast<off_t>(bytes + slice)) != 0) return failure("ftruncate");
@@ -162,7 +163,7 @@ LiveRegion::~LiveRegion() {
 
 /// A sparse file with data in a few extents, of whole blocks.
 std::expected<void, std::string> LiveRegion::open_snapshot(std::uint64_t slice) {
-  auto file = temporary_file();
+  auto file = test::temporary_file();
   if (!file) return std::unexpected(file.error());
   own_fd_ = *file;
   file_offset_ = slice;

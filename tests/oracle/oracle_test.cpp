@@ -1,5 +1,7 @@
 #include "draw.hpp"
 #include "resources.hpp"
+#include "support/huge_pages.hpp"
+#include "support/swap.hpp"
 
 #include <cstdint>
 #include <cstdlib>
@@ -14,6 +16,7 @@
 // Random maps, random writers, and an answer that is sound and misses nothing without a reason. A failing case prints
 // its seed and its script; see Plan for how it is replayed.
 
+using namespace cppvmm;
 using namespace cppvmm::oracle;
 
 namespace {
@@ -45,13 +48,13 @@ bool files_fit() {
 TEST(Oracle, FindsEveryAnswerSoundAndComplete) { expect_that_cases_hold(1500, {.files = files_fit()}); }
 
 TEST(Oracle, FindsThemSoWithHugePages) {
-  const auto pool = HugePool::take(64);
+  const auto pool = test::HugePagePool::take(64);
   if (!pool) GTEST_SKIP() << pool.error();
   expect_that_cases_hold(300, {.huge_pages = true, .files = false});
 }
 
 TEST(Oracle, FindsThemSoWithSwap) {
-  const auto swap = SwapSpace::take();
+  const auto swap = test::SwapSpace::take();
   if (!swap) GTEST_SKIP() << swap.error();
   expect_that_cases_hold(300, {.swap = true, .files = files_fit()});
 }

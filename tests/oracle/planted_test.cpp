@@ -1,5 +1,6 @@
 #include "draw.hpp"
 #include "resources.hpp"
+#include "support/swap.hpp"
 
 #include <algorithm>
 #include <array>
@@ -149,7 +150,7 @@ void expect_that_it_is_found(const Surveyor& planted, std::uint64_t cases, const
 }
 
 TEST(OracleOfTheOracle, FindsASurveyThatForgetsSwappedPages) {
-  const auto swap = SwapSpace::take();
+  const auto swap = test::SwapSpace::take();
   if (!swap) GTEST_SKIP() << swap.error();
   expect_that_it_is_found(forgets_swap, 800, {.swap = true, .files = false});
 }

@@ -1,6 +1,8 @@
 // cppvmm-soak: runs the oracle's cases for as long as it is told to.
 #include "draw.hpp"
 #include "resources.hpp"
+#include "support/huge_pages.hpp"
+#include "support/swap.hpp"
 
 #include <chrono>
 #include <csignal>
@@ -98,10 +100,10 @@ int main(int count, char** words) {
   const auto vcpu = oracle->add_vcpu();
   profile.vcpus = vcpu.has_value();
   if (!vcpu) std::printf("without vCPUs: %s\n", vcpu.error().c_str());
-  const auto pool = HugePool::take(64);
+  const auto pool = cppvmm::test::HugePagePool::take(64);
   profile.huge_pages = pool.has_value();
   if (!pool) std::printf("without huge pages: %s\n", pool.error().c_str());
-  const auto swap = SwapSpace::take();
+  const auto swap = cppvmm::test::SwapSpace::take();
   profile.swap = swap.has_value();
   if (!swap) std::printf("without swap: %s\n", swap.error().c_str());
   profile.files = kernel_facts().files_by_fstat && kernel_facts().files_tell_holes;

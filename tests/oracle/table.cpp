@@ -3,6 +3,8 @@
 // files.
 #include "case.hpp"
 #include "resources.hpp"
+#include "support/huge_pages.hpp"
+#include "support/swap.hpp"
 
 #include <array>
 #include <cstdint>
@@ -251,9 +253,9 @@ int main(int count, char** words) {
   std::vector<std::string> lacking;
   const auto vcpu = oracle->add_vcpu();
   if (!vcpu) lacking.push_back("vCPUs: " + vcpu.error());
-  const auto pool = HugePool::take(24);
+  const auto pool = cppvmm::test::HugePagePool::take(24);
   if (!pool) lacking.push_back("huge pages: " + pool.error());
-  const auto swap = SwapSpace::take();
+  const auto swap = cppvmm::test::SwapSpace::take();
   if (!swap) lacking.push_back("swap: " + swap.error());
 
   std::printf("## Linux %s\n\n", name.release);
