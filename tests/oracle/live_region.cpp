@@ -1,4 +1,4 @@
-#include "resources.hpp"
+#include "support/machine_facts.hpp"
 #include "support/temporary_file.hpp"
 
 #include <algorithm>
@@ -36,7 +36,9 @@ const char* to_string(Reason reason) {
   constexpr const char* words[reason_kinds] = {
       "for no reason",
       "the page was written: with zeros, or with data that was overwritten with zeros",
-      "the page was read: shared memory is allocated by that, and older kernels cannot tell it from a write",
+      "the page was read: shared memory is allocated by that, kernels without a shared page of zeros give the reader a "
+      "page "
+      "of its own, and older kernels cannot tell it from a write",
       "the memory was populated or collapsed into huge pages beforehand",
       "a neighbour in the same huge page was touched",
       "another process has huge pages of the file that are not mapped here: which, nobody tells",
@@ -211,22 +213,22 @@ std::byte* LiveRegion::host(std::uint64_t page) const {
 
 bool LiveRegion::is_coarse() const {
   if (is_hugetlb(spec_.memory)) return true;
-  const KernelFacts& kernel = kernel_facts();
+  const test::MachineFacts& machine = test::machine_facts();
   switch (spec_.memory) {
   case Memory::anonymous:
   case Memory::adopted_anonymous:
-    return spec_.thp == Thp::wanted || (spec_.thp == Thp::unstated && kernel.thp_always);
+    return spec_.thp == Thp::wanted || (spec_.thp == Thp::unstated && machine.thp_unasked());
   case Memory::memfd:
   case Memory::adopted_memfd:
   case Memory::shared_anonymous:
-    return spec_.thp != Thp::forbidden && kernel.shmem_thp;
+    return spec_.thp != Thp::forbidden && machine.shmem_thp();
   // The page cache of a disk's file has folios of all sizes, and a store makes one dirty as a whole.
   case Memory::shared_file:
     return true;
   // What the library maps in place of a file's pages knows of its own advice only.
   case Memory::private_file:
   case Memory::adopted_private_file:
-    return facts.replaced && (facts.library_huge || kernel.thp_always);
+    return facts.replaced && (facts.library_huge || machine.thp_unasked());
   default:
     return false;
   }
@@ -234,8 +236,10 @@ bool LiveRegion::is_coarse() const {
 
 std::uint32_t LiveRegion::window() const {
   if (is_coarse()) return huge_pages;
-  if (is_private_file(spec_.memory))
-    return static_cast<std::uint32_t>(std::max<std::uint64_t>(1, kernel_facts().file_block / page_size));
+  if (is_private_file(spec_.memory)) {
+    const test::FileFacts& files = test::machine_facts().files;
+    return static_cast<std::uint32_t>(std::max({page_size, files.block_bytes, files.data_bytes}) / page_size);
+  }
   return 1;
 }
 
@@ -247,17 +251,17 @@ std::uint32_t LiveRegion::window_base() const {
 }
 
 bool LiveRegion::reads_leave_no_trace(SurveyMode mode) const {
-  const KernelFacts& kernel = kernel_facts();
-  const bool can_tell = kernel.page_map_scan && mode != SurveyMode::legacy && !is_coarse();
+  const test::MachineFacts& machine = test::machine_facts();
+  const bool can_tell = machine.reads_told_apart && mode != SurveyMode::legacy && !is_coarse();
   switch (spec_.memory) {
   case Memory::anonymous:
   case Memory::adopted_anonymous:
     return can_tell;
   case Memory::private_file:
   case Memory::adopted_private_file:
-    return !kernel.files_in_memory && (can_tell || !facts.replaced);
+    return !machine.files.reads_make_data && (can_tell || !facts.replaced);
   case Memory::shared_file:
-    return !kernel.files_in_memory;
+    return !machine.files.reads_make_data;
   default:
     return false;
   }
@@ -370,11 +374,11 @@ void LiveRegion::written_by(std::uint32_t page, std::uint32_t count, std::uint8_
 }
 
 Reason LiveRegion::reason(std::uint32_t page, SurveyMode mode) const {
-  const KernelFacts& kernel = kernel_facts();
+  const test::MachineFacts& machine = test::machine_facts();
   if (spec_.memory == Memory::unknown) return Reason::no_evidence;
-  const bool has_cachestat = kernel.cachestat && mode != SurveyMode::legacy;
+  const bool has_cachestat = machine.cachestat && mode != SurveyMode::legacy;
   if (spec_.memory == Memory::shared_file && !has_cachestat) return Reason::no_evidence;
-  if (spec_.memory == Memory::shared_anonymous && !kernel.map_files) return Reason::no_evidence;
+  if (spec_.memory == Memory::shared_anonymous && !machine.map_files) return Reason::no_evidence;
   // Without cachestat, allocated pages that nobody wrote cannot be told from data in migration, wherever they are.
   if (facts.allocated_unwritten && !has_cachestat && is_shared(spec_.memory)) return Reason::no_evidence;
   if (spec_.memory == Memory::hugetlb_memfd &&

@@ -1,7 +1,7 @@
 #include "case.hpp"
 #include "guest.hpp"
 #include "helper.hpp"
-#include "resources.hpp"
+#include "support/machine_facts.hpp"
 
 #include <algorithm>
 #include <array>
@@ -326,7 +326,7 @@ private:
                                     .written_through_this_mapping_only = is_shared(live.spec().memory)};
     const auto armed = memory_.arm_write_watch(live.region().start(), options);
     if (!armed) {
-      if (armed.error().code != MemoryErrc::unavailable || kernel_facts().page_map_scan)
+      if (armed.error().code != MemoryErrc::unavailable || test::machine_facts().async_write_protect)
         problem("no write watch: %s", armed.error().message().c_str());
       return;
     }

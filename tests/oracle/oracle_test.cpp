@@ -1,6 +1,6 @@
 #include "draw.hpp"
-#include "resources.hpp"
 #include "support/huge_pages.hpp"
+#include "support/machine_facts.hpp"
 #include "support/swap.hpp"
 
 #include <cstdint>
@@ -36,8 +36,7 @@ void expect_that_cases_hold(std::uint64_t cases, const Profile& profile) {
 
 /// Regions of files where the folder for temporary files tells the truth about them.
 bool files_fit() {
-  const KernelFacts& kernel = kernel_facts();
-  const bool fit = kernel.files_by_fstat && kernel.files_tell_holes;
+  const bool fit = test::machine_facts().files.tell_the_truth();
   if (!fit)
     std::cout
         << "no regions of files: the folder for temporary files does not tell holes, or fstat and /proc/self/maps "

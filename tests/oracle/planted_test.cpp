@@ -1,5 +1,5 @@
 #include "draw.hpp"
-#include "resources.hpp"
+#include "support/machine_facts.hpp"
 #include "support/swap.hpp"
 
 #include <algorithm>
@@ -168,7 +168,7 @@ TEST(OracleOfTheOracle, FindsAContentCheckThatReadsHalfPages) {
 }
 
 TEST(OracleOfTheOracle, FindsAWriteWatchThatBelievesInMissingEntries) {
-  if (!kernel_facts().page_map_scan) GTEST_SKIP() << "no write watch before Linux 6.7";
+  if (!test::machine_facts().async_write_protect) GTEST_SKIP() << "this kernel has no asynchronous write protection";
   expect_that_it_is_found(believes_in_missing_entries, 800,
                           {.files = false, .mode = SurveyMode::write_watch, .mode_options = 0});
 }
@@ -194,7 +194,7 @@ TEST(OracleOfTheOracle, FindsAContentCheckThatIsForgotten) {
 }
 
 TEST(OracleOfTheOracle, FindsAWriteWatchThatIsForgotten) {
-  if (!kernel_facts().page_map_scan) GTEST_SKIP() << "no write watch before Linux 6.7";
+  if (!test::machine_facts().async_write_protect) GTEST_SKIP() << "this kernel has no asynchronous write protection";
   expect_that_misses_are_found(
       [](const GuestMemory& memory, const SurveyOptions& options, GuestAddress output) {
         // Which knows of no watch.

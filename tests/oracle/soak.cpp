@@ -1,7 +1,7 @@
 // cppvmm-soak: runs the oracle's cases for as long as it is told to.
 #include "draw.hpp"
-#include "resources.hpp"
 #include "support/huge_pages.hpp"
+#include "support/machine_facts.hpp"
 #include "support/swap.hpp"
 
 #include <chrono>
@@ -106,7 +106,7 @@ int main(int count, char** words) {
   const auto swap = cppvmm::test::SwapSpace::take();
   profile.swap = swap.has_value();
   if (!swap) std::printf("without swap: %s\n", swap.error().c_str());
-  profile.files = kernel_facts().files_by_fstat && kernel_facts().files_tell_holes;
+  profile.files = cppvmm::test::machine_facts().files.tell_the_truth();
   if (!profile.files) std::printf("without files: the folder for temporary files does not tell the truth about them\n");
 
   Plan what = plan(bounds->cases);

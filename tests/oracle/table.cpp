@@ -2,8 +2,8 @@
 // worth: unsound/missed pages, as a Markdown table. Needs nothing but the kernel, /proc and a folder for temporary
 // files.
 #include "case.hpp"
-#include "resources.hpp"
 #include "support/huge_pages.hpp"
+#include "support/machine_facts.hpp"
 #include "support/swap.hpp"
 
 #include <array>
@@ -190,8 +190,8 @@ void print_table(Report& report, SurveyMode mode) {
 /// Why there is no table of the mode here; nothing when there is one.
 std::string obstacle(SurveyMode mode, bool has_vcpus) {
   if (mode == SurveyMode::dirty_log && !has_vcpus) return "no usable KVM";
-  // Asynchronous write protection came with the same release.
-  if (mode == SurveyMode::write_watch && !kernel_facts().page_map_scan) return "Linux before 6.7";
+  if (mode == SurveyMode::write_watch && !cppvmm::test::machine_facts().async_write_protect)
+    return "no asynchronous write protection";
   return {};
 }
 
