@@ -1,4 +1,5 @@
 #include "guest.hpp"
+#include "support/machine_facts.hpp"
 
 #include <array>
 #include <atomic>
@@ -27,8 +28,9 @@ class UnderAVcpu : public testing::TestWithParam<std::tuple<bool, EvidenceSource
 
 TEST_P(UnderAVcpu, NothingThatItStoredIsReported) {
   const auto [is_memfd, source] = GetParam();
+  if (const std::string why = test::kvm_missing(); !why.empty()) GTEST_SKIP() << "no usable KVM: " << why;
   auto guest = Guest::start();
-  if (!guest) GTEST_SKIP() << "no usable KVM: " << guest.error();
+  ASSERT_TRUE(guest) << guest.error();
   constexpr std::uint64_t bytes = pages * page_size;
   const Region region = is_memfd ? *Region::memfd(GuestAddress(0), bytes) : *Region::anonymous(GuestAddress(0), bytes);
   const Region progress_region = *Region::anonymous(GuestAddress(bytes), page_size);

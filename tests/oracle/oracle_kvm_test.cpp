@@ -1,7 +1,9 @@
 #include "draw.hpp"
+#include "support/machine_facts.hpp"
 
 #include <gtest/gtest.h>
 #include <iostream>
+#include <string>
 
 #include "session.hpp"
 
@@ -12,10 +14,12 @@ using namespace cppvmm::oracle;
 namespace {
 
 TEST(Oracle, FindsEveryAnswerSoundAndCompleteWithVcpus) {
+  if (const std::string why = cppvmm::test::kvm_missing(); !why.empty()) GTEST_SKIP() << "no usable KVM: " << why;
   const Profile profile{.vcpus = true, .files = false};
   auto oracle = Oracle::start();
   ASSERT_TRUE(oracle) << oracle.error();
-  if (const auto added = oracle->add_vcpu(); !added) GTEST_SKIP() << "no usable KVM: " << added.error();
+  const auto added = oracle->add_vcpu();
+  ASSERT_TRUE(added) << added.error();
   const Plan what = plan(500);
   std::cout << "seed " << what.seed << std::endl;
   const Session session = run_cases(*oracle, what, profile);

@@ -12,12 +12,15 @@
 #include <optional>
 #include <span>
 #include <stdexcept>
+#include <string>
 #include <sys/mman.h>
 #include <utility>
 #include <variant>
 #include <vector>
 
 #include <gtest/gtest.h>
+
+#include "machine_facts.hpp"
 
 import cppvmm.vcpu;
 
@@ -231,8 +234,9 @@ protected:
   static constexpr std::size_t memory_bytes = 2 << 20;
 
   void SetUp() override {
+    if (const std::string why = kvm_missing(); !why.empty()) GTEST_SKIP() << "no usable KVM: " << why;
     auto opened = Kvm::open();
-    if (!opened) GTEST_SKIP() << "no usable KVM: " << opened.error().message();
+    ASSERT_TRUE(opened) << opened.error().message();
     kvm.emplace(std::move(*opened));
     auto created = kvm->create_vm();
     ASSERT_TRUE(created) << created.error().message();
