@@ -8,20 +8,19 @@
 #include <fcntl.h>
 #include <fstream>
 #include <gtest/gtest.h>
-#include <linux/magic.h>
 #include <memory>
 #include <optional>
 #include <random>
 #include <span>
 #include <string>
 #include <sys/mman.h>
-#include <sys/vfs.h>
 #include <thread>
 #include <unistd.h>
 #include <utility>
 #include <vector>
 
 #include "support/huge_pages.hpp"
+#include "support/machine_facts.hpp"
 
 import cppvmm.guest_memory;
 
@@ -70,12 +69,6 @@ std::string text(const PageSet& set) {
   return line;
 }
 
-/// Of tmpfs: there, a page that is only read, or copied before it is written, becomes data of the file.
-bool is_in_memory(int fd) {
-  struct statfs system{};
-  return fstatfs(fd, &system) == 0 && system.f_type == TMPFS_MAGIC;
-}
-
 /// A file without a name, of `bytes`, all of it a hole; in the current folder, or where holes are told. -1: nowhere.
 int sparse_file(std::uint64_t bytes) {
   for (std::string name : {"lifecycle-XXXXXX", "/tmp/lifecycle-XXXXXX"}) {
@@ -98,21 +91,6 @@ std::uint64_t mappings_in(const Region& region) {
     if (at >= start && at < start + region.bytes()) ++count;
   }
   return count;
-}
-
-bool knows_dontneed_locked() {
-  void* const page = mmap(nullptr, page_size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  const bool known = page != MAP_FAILED && madvise(page, page_size, 24) == 0;
-  munmap(page, page_size);
-  return known;
-}
-
-/// Whether one store to memory that asks for transparent huge pages brings one in.
-bool host_gives_huge_pages() {
-  const Region region = *Region::anonymous(GuestAddress(0), 2 * mib);
-  if (!region.set_huge_pages(HugePages::preferred)) return false;
-  store(region, 0);
-  return region.huge_page_bytes().value_or(0) > 0;
 }
 
 struct Kind {
@@ -147,6 +125,9 @@ protected:
   static constexpr std::uint64_t bytes = count * page_size;
 
   void SetUp() override {
+    const test::MachineFacts& machine = test::machine_facts();
+    if (backing() == Backing::hugetlb && !machine.hugetlb_dontneed)
+      GTEST_SKIP() << "this kernel discards no huge pages of private memory";
     if (is_hugetlb()) {
       auto taken = test::HugePagePool::take();
       if (!taken) GTEST_SKIP() << taken.error();
@@ -155,13 +136,15 @@ protected:
     if (backing() == Backing::private_file || backing() == Backing::shared_file) {
       file = sparse_file(bytes);
       if (file < 0) GTEST_SKIP() << "no file system here tells holes";
+      files = test::file_facts(file);
+      ASSERT_TRUE(files.can_be_made);
+      if (!files.named_by_fstat) GTEST_SKIP() << "fstat and /proc/self/maps name files here differently";
+      if (backing() == Backing::shared_file && files.in_memory) GTEST_SKIP() << "files here are of a memfd's kind";
     }
     if (backing() == Backing::private_file)
       for (const std::uint64_t page : {5U, 0x700U})
         ASSERT_EQ(pwrite(file, "snapshot", 8, static_cast<off_t>(page * page_size)), 8);
     auto made = GetParam().is_adopted ? make_adopted() : make_own();
-    if (!made && backing() == Backing::shared_file && made.error().code == MemoryErrc::wrong_nature)
-      GTEST_SKIP() << "not a disk's file system, or one that fstat and /proc/self/smaps name differently";
     ASSERT_TRUE(made) << made.error().message();
     region.emplace(*made);
     // A huge page is touched at once, where the host gives any.
@@ -170,13 +153,10 @@ protected:
       ASSERT_TRUE(set || set.error().code == MemoryErrc::unavailable) << set.error().message();
     }
     memory.replace(*MemoryMap::make({*region}));
+    has_evidence = !(backing() == Backing::shared_anonymous && !machine.map_files) &&
+                   !(backing() == Backing::shared_file && !machine.cachestat);
     const RegionSurvey report = memory.survey().regions[0];
-    if (report.evidence == Evidence::none) {
-      // Shared anonymous memory needs privileges, files that others may write Linux 6.5, overlays do not fit smaps.
-      ASSERT_TRUE(backing() == Backing::shared_anonymous || backing() == Backing::shared_file ||
-                  (report.error && report.error->code == MemoryErrc::wrong_nature));
-      has_evidence = false;
-    }
+    ASSERT_EQ(report.evidence != Evidence::none, has_evidence) << (report.error ? report.error->message() : "");
   }
 
   void TearDown() override {
@@ -256,6 +236,7 @@ protected:
 
   std::optional<test::HugePagePool> pool;
   int file = -1;
+  test::FileFacts files;
   void* own = nullptr;
   std::optional<Region> region;
   GuestMemory memory;
@@ -322,10 +303,10 @@ TEST_P(LifecycleOf, LockedMemoryIsDiscardedToo) {
   const auto done = region->discard(discarded);
   ASSERT_TRUE(done) << done.error().message();
   EXPECT_EQ(done->freed_pages + done->cleared_pages, 512U);
-  // Only of shared anonymous memory there is nothing to punch a hole through; MADV_DONTNEED_LOCKED is of Linux 5.18.
+  // Only of shared anonymous memory there is nothing to punch a hole through.
   if (backing() == Backing::shared_anonymous)
     EXPECT_EQ(done->cleared_pages, 512U);
-  else if (backing() != Backing::anonymous || knows_dontneed_locked())
+  else if (backing() != Backing::anonymous || test::machine_facts().dontneed_locked)
     EXPECT_EQ(done->freed_pages, 512U);
   expect_zeroed(done->freed_pages == 512 ? PageSet(discarded) : PageSet());
   EXPECT_EQ(text(data_in(*region)), text(without(all(), discarded)));
@@ -380,7 +361,7 @@ TEST_P(LifecycleOf, WhatTheEmbedderDiscardsItselfComesOutRight) {
               MAP_FAILED);
     data.remove(pages(first + 1536, 512));
     data.add(pages(first + 0x700, 1));
-    if (is_in_memory(file)) zeros_of_file.add(pages(first + 1536, 512));
+    if (files.reads_make_data) zeros_of_file.add(pages(first + 1536, 512));
     break;
   default:
     ASSERT_EQ(madvise(at, 1024 * page_size, MADV_DONTNEED), 0);
@@ -391,9 +372,9 @@ TEST_P(LifecycleOf, WhatTheEmbedderDiscardsItselfComesOutRight) {
 }
 
 TEST_P(LifecycleOf, PopulatedMemoryIsAllThere) {
+  if (!test::machine_facts().populate_write) GTEST_SKIP() << "this kernel has no MADV_POPULATE_WRITE";
   store(*region, first + 9);
   const auto done = region->populate();
-  if (!done && done.error().code == MemoryErrc::unavailable) GTEST_SKIP() << "needs Linux 5.14";
   ASSERT_TRUE(done) << done.error().message();
   EXPECT_EQ(*region->resident_bytes(), bytes);
   expect_zeroed({});
@@ -509,26 +490,30 @@ protected:
   void SetUp() override {
     file = sparse_file(count * page_size);
     if (file < 0) GTEST_SKIP() << "no file system here tells holes";
+    files = test::file_facts(file);
+    ASSERT_TRUE(files.can_be_made);
+    if (!files.named_by_fstat) GTEST_SKIP() << "fstat and /proc/self/maps name files here differently";
+    if (files.data_bytes > page_size) GTEST_SKIP() << "this file system's blocks are larger than a page";
     for (std::uint64_t page = 0; page < count; page += 4) {
       ASSERT_EQ(pwrite(file, "snapshot", 8, static_cast<off_t>(page * page_size)), 8);
       data.add(pages(page, 1));
     }
     const auto survey = GuestMemory(*MemoryMap::make({restore()})).survey();
-    if (survey.regions[0].evidence == Evidence::none) GTEST_SKIP() << survey.regions[0].error->message();
-    if (survey.touched != data) GTEST_SKIP() << "this file system's blocks are larger than a page";
+    ASSERT_EQ(text(survey.touched), text(data));
   }
   void TearDown() override { close(file); }
 
   [[nodiscard]] Region restore() const { return *Region::private_file(GuestAddress(0), count * page_size, file, 0); }
 
   int file = -1;
+  test::FileFacts files;
   PageSet data;
 };
 
 TEST_F(RestoredSnapshot, InAFreshMapIsAsItWasTaken) {
   GuestMemory memory(*MemoryMap::make({restore()}));
   ASSERT_TRUE(memory.discard(pages(0, 1000)));
-  const std::uint64_t written = is_in_memory(file) ? 2000 : 2001;
+  const std::uint64_t written = files.reads_make_data ? 2000 : 2001;
   ASSERT_TRUE(memory.write_value(GuestAddress(written * page_size), std::uint64_t{1}));
   PageSet touched = without(data, pages(0, 1000));
   touched.add(pages(written, 1));
@@ -642,7 +627,7 @@ TEST_F(RestoredSnapshot, IsDiscardedAndWrittenDuringSurveys) {
 TEST(Lifecycle, HugePagesAreKeptOffOrAskedFor) {
   const Region region = *Region::anonymous(GuestAddress(0), 8 * mib);
   GuestMemory memory(*MemoryMap::make({region}));
-  if (!host_gives_huge_pages()) GTEST_SKIP() << "the host gives no transparent huge pages";
+  if (!test::machine_facts().gives_huge_pages) GTEST_SKIP() << "the host gives no transparent huge pages";
   ASSERT_TRUE(memory.snapshot()->set_huge_pages(HugePages::preferred));
   ASSERT_TRUE(memory.snapshot()->set_huge_pages(HugePages::never));
   store(region, 700);
@@ -659,7 +644,7 @@ TEST(Lifecycle, HugePagesAreKeptOffOrAskedFor) {
 }
 
 TEST_F(RestoredSnapshot, HasHugePagesWhereItIsDiscardedAsItsOwnerWants) {
-  if (!host_gives_huge_pages()) GTEST_SKIP() << "the host gives no transparent huge pages";
+  if (!test::machine_facts().gives_huge_pages) GTEST_SKIP() << "the host gives no transparent huge pages";
   const Region region = restore();
   const GuestMemory memory(*MemoryMap::make({region}));
   for (const auto use : {HugePages::preferred, HugePages::never}) {
