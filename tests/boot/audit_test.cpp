@@ -1,4 +1,5 @@
 #include "examples/boot/audit.hpp"
+#include "support/huge_pages.hpp"
 
 #include <algorithm>
 #include <array>
@@ -7,11 +8,13 @@
 #include <fcntl.h>
 #include <fstream>
 #include <gtest/gtest.h>
+#include <optional>
 #include <stop_token>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <thread>
 #include <unistd.h>
+#include <utility>
 #include <vector>
 
 namespace {
@@ -79,19 +82,26 @@ private:
 class Audit : public testing::TestWithParam<Memory> {
 protected:
   void SetUp() override {
-    if (!mapped.exists()) GTEST_SKIP() << "this host has no huge pages to give";
+    if (GetParam() == Memory::private_hugetlb) {
+      auto taken = cppvmm::test::HugePagePool::take();
+      if (!taken) GTEST_SKIP() << taken.error();
+      pool.emplace(std::move(*taken));
+    }
+    mapped.emplace(GetParam());
+    ASSERT_TRUE(mapped->exists());
   }
-  MappedRegion mapped{GetParam()};
+  std::optional<cppvmm::test::HugePagePool> pool;
+  std::optional<MappedRegion> mapped; // gone before the pool is made smaller
 };
 
 TEST_P(Audit, CountsReportedPagesThatHoldDataAndZeroPagesThatWereNotReported) {
-  mapped.put(first, 0);
-  mapped.put(first + 700, 4095);
-  mapped.put(first + pages - 1, 2048);
+  mapped->put(first, 0);
+  mapped->put(first + 700, 4095);
+  mapped->put(first + pages - 1, 2048);
   // Two ranges that overlap, one that reaches beyond the region, one elsewhere: 1000 pages of the region in all.
   const std::array<ReportedRange, 4> reported = {
       {{first + pages - 100, 5000}, {first + 600, 500}, {first + 300, 600}, {0, first}}};
-  const auto figures = audit(std::array{mapped.region()}, reported);
+  const auto figures = audit(std::array{mapped->region()}, reported);
   ASSERT_TRUE(figures) << figures.error();
   EXPECT_EQ(figures->ram_pages, pages);
   EXPECT_EQ(figures->data_pages, 3U);
@@ -102,9 +112,9 @@ TEST_P(Audit, CountsReportedPagesThatHoldDataAndZeroPagesThatWereNotReported) {
 }
 
 TEST_P(Audit, FindsASoundAndCompleteAnswerSo) {
-  mapped.put(first + 10, 17);
+  mapped->put(first + 10, 17);
   const std::array<ReportedRange, 2> reported = {{{first, 10}, {first + 11, pages - 11}}};
-  const auto figures = audit(std::array{mapped.region()}, reported);
+  const auto figures = audit(std::array{mapped->region()}, reported);
   ASSERT_TRUE(figures) << figures.error();
   EXPECT_EQ(figures->reported_pages, pages - 1);
   EXPECT_EQ(figures->unsound_pages, 0U);
@@ -113,22 +123,22 @@ TEST_P(Audit, FindsASoundAndCompleteAnswerSo) {
 }
 
 TEST_P(Audit, MakesNoPageResident) {
-  mapped.put(first + 10, 17);
-  const auto entries = mapped.entries();
-  const auto blocks = GetParam() == Memory::shared_file ? mapped.file_blocks() : 0;
+  mapped->put(first + 10, 17);
+  const auto entries = mapped->entries();
+  const auto blocks = GetParam() == Memory::shared_file ? mapped->file_blocks() : 0;
   ASSERT_GT(entries, 0U);
   ASSERT_LT(entries, pages);
-  ASSERT_TRUE(audit(std::array{mapped.region()}, {}));
-  EXPECT_EQ(mapped.entries(), entries);
+  ASSERT_TRUE(audit(std::array{mapped->region()}, {}));
+  EXPECT_EQ(mapped->entries(), entries);
   if (GetParam() == Memory::shared_file) {
-    EXPECT_EQ(mapped.file_blocks(), blocks);
+    EXPECT_EQ(mapped->file_blocks(), blocks);
   }
 }
 
 TEST_P(Audit, StopsWhenAsked) {
   std::stop_source stop;
   stop.request_stop();
-  const auto figures = audit(std::array{mapped.region()}, {}, stop.get_token());
+  const auto figures = audit(std::array{mapped->region()}, {}, stop.get_token());
   ASSERT_FALSE(figures);
   EXPECT_EQ(figures.error(), "audit: stopped");
 }
