@@ -1,10 +1,10 @@
 #include "linux_guest.hpp"
+#include "tests/support/machine_facts.hpp"
 
 #include <cstddef>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
-#include <fcntl.h>
 #include <fstream>
 #include <iterator>
 #include <unistd.h>
@@ -83,17 +83,17 @@ std::string small_image(std::string_view code) {
 }
 
 bool lacks_transport(const Ended& ended) {
-  return ended.status == 1 && ended.err.find("KVM does not forward") != std::string::npos;
+  return !test::machine_facts().kvm_forwards && ended.status == 1 &&
+         ended.err.find("KVM does not forward") != std::string::npos;
 }
 
 bool lacks_write_watch(const Ended& ended) {
-  return ended.status == 1 && ended.err.find("(Linux 6.7): not available") != std::string::npos;
+  return !test::machine_facts().async_write_protect && ended.status == 1 &&
+         ended.err.find("(Linux 6.7): not available") != std::string::npos;
 }
 
 void NeedsKvm::SetUp() {
-  const int kvm = open("/dev/kvm", O_RDWR | O_CLOEXEC);
-  if (kvm < 0) GTEST_SKIP() << "/dev/kvm is not usable here";
-  close(kvm);
+  if (const std::string why = test::kvm_missing(); !why.empty()) GTEST_SKIP() << "no usable KVM: " << why;
 }
 
 LinuxBoots::LinuxBoots() : kernel(variable("CPPVMM_LINUX", "")), busybox(variable("CPPVMM_BUSYBOX", "/bin/busybox")) {}

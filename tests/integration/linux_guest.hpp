@@ -50,7 +50,8 @@ struct GuestFile {
 // that were none: a double fault in the guest.
 inline constexpr const char* linux_command_line = "console=ttyS0 quiet panic=-1 clearcpuid=cx16 reboot=";
 
-/// Whether cppvmm-boot ended because this KVM forwards no extended hypercalls, or this kernel has no write watch.
+/// Whether cppvmm-boot ended because this KVM forwards no extended hypercalls, or this kernel has no write watch; not
+/// if it only says so.
 [[nodiscard]] bool lacks_transport(const Ended& ended);
 [[nodiscard]] bool lacks_write_watch(const Ended& ended);
 
