@@ -1,0 +1,47 @@
+#!/usr/bin/env bash
+# build.sh [PRESET [TARGET...]]: configures when needed, and builds the targets or all. Sourced, it brings `build`.
+# shellcheck source=tools/setup.sh
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+
+known_preset() { [[ $1 =~ ^(debug|release|asan-ubsan|tsan|coverage)$ ]]; }
+
+# configure PRESET FOLDER, which the preset configures.
+configure() {
+  must "configure $1" "configure-$1" "$cmake" -S "$root" --preset "$1"
+  # The preset that was used, once it was.
+  echo "$1" >"$2/configured"
+}
+
+# build PRESET [TARGET...]
+build() {
+  local preset=$1 dir=$root/build/$1 targets=("${@:2}") what='' configured=''
+  known_preset "$preset" || die "no preset '$preset': debug, release, asan-ubsan, tsan, coverage"
+  need build test
+  if [[ $preset == *san ]]; then need sanitizers; fi
+  if ((${#targets[@]} == 0)); then targets=(all); fi
+  if (($# == 2)); then what=": $2"; fi
+  if [[ -e $dir/configured ]]; then configured=$(<"$dir/configured"); fi
+  if [[ $configured != "$preset" || ! -e $dir/build.ninja || $root/CMakePresets.json -nt $dir/configured ]]; then
+    configure "$preset" "$dir"
+  fi
+  build_targets "$preset" "$what" "${targets[@]}"
+}
+
+# build_example TARGET: in release's folder, of which no more is configured than that takes, if nothing is yet.
+build_example() {
+  local dir=$root/build/release
+  need build
+  if [[ ! -e $dir/build.ninja || ! -e $dir/configured || $root/CMakePresets.json -nt $dir/configured ]]; then
+    configure examples "$dir"
+  fi
+  build_targets release ": $1" "$1"
+}
+
+# build_targets PRESET WHAT TARGET...
+build_targets() {
+  local dir=$root/build/$1
+  if [[ $(ninja -C "$dir" -n "${@:3}" 2>/dev/null | tail -n 1) == "ninja: no work to do." ]]; then return; fi
+  must "build $1$2" "build-$1" "$cmake" --build "$dir" --target "${@:3}"
+}
+
+if [[ ${BASH_SOURCE[0]} == "$0" ]]; then build "${@:-release}"; fi

@@ -1,0 +1,246 @@
+#!/usr/bin/env bash
+# lab.sh [OPTIONS] [-- PROGRAM [ARG...]]: the tests in an emulated machine on each kernel of the distribution, or PROGRAM
+# in it (tests/lab/README.md). What a person gives is in ./dev help; the rest of the tree gives also:
+#   --get              only get what a machine is made of
+#   --label REGEX      only the tests with a ctest label that fits
+#   --ctest ARG        choose among them by a ctest argument; may be repeated
+#   --stdin            what is typed reaches PROGRAM
+#   --fetch PATH:FILE  a file that PROGRAM leaves at PATH comes to FILE here; may be repeated
+# shellcheck disable=SC2317 # Traps and steps call functions.
+# shellcheck source=tools/build.sh
+source "$(dirname "${BASH_SOURCE[0]}")/build.sh"
+
+lab=$root/tests/lab
+kernels=$root/build/lab/kernels
+
+# What --kernel all stands for, the one to prefer first.
+versions_to_have() {
+  case $distribution in
+    ubuntu*) echo 6.8 6.12 6.1 ;;
+    *) echo 6.12 6.1 ;;
+  esac
+}
+
+updated=
+update() {
+  ask_for_root lab
+  must "asking apt for kernels" lab-update apt_get update
+  updated=yes
+}
+
+# get_kernel VERSION: gets it, if it is not here; fails, saying so, where the distribution has none.
+get_kernel() {
+  local version=$1 folder=$kernels/$1 what="getting Linux $1 for the lab"
+  if [[ -e $folder/package ]]; then
+    if [[ -z $updated ]]; then return; fi
+    what="looking for a newer Linux $version"
+  fi
+  if ! "$lab/kernel.sh" --find "$version" >/dev/null; then
+    if [[ -z $updated ]]; then update; fi
+    if ! "$lab/kernel.sh" --find "$version" >/dev/null; then
+      if [[ $distribution == "debian 12" && $version == 6.12 ]]; then
+        add_backports "Linux 6.12"
+        update
+      fi
+      if ! "$lab/kernel.sh" --find "$version" >/dev/null; then
+        say "apt has no Linux $version for $distribution: nothing runs on it here"
+        return 1
+      fi
+    fi
+  fi
+  must "$what" "lab-kernel-$version" "$lab/kernel.sh" "$version" "$folder"
+}
+
+# build_modules VERSION: the modules that the tests load in guests of that kernel, when they are not built.
+build_modules() {
+  if "$lab/modules.sh" --made "$kernels/$1"; then return; fi
+  need guests
+  must "building modules for guests of Linux $1" "lab-modules-$1" "$lab/modules.sh" "$kernels/$1"
+}
+
+# build_path PATH: builds it, if it lies where something is built.
+build_path() {
+  local path preset
+  path=$(realpath -m "$1")
+  if [[ $path == "$kernels"/*/guests ]]; then
+    path=$(basename "$(dirname "$path")")
+    get_kernel "$path" && build_modules "$path"
+    return
+  fi
+  if [[ $path != "$root"/build/*/* || -d $path ]]; then return; fi
+  path=${path#"$root/build/"}
+  preset=${path%%/*}
+  path=${path#*/}
+  if [[ $preset == release && $path == examples/* ]]; then
+    build_example "$path"
+  elif known_preset "$preset"; then
+    build "$preset" "$path"
+  fi
+}
+
+# ------------------------------------------------------------------------------------------------------------- options
+
+kernel='' preset=release host='' get='' wants_update='' label='kvm|kernel'
+versions=() options=() includes=() chosen=()
+while (($# > 0)); do
+  case $1 in
+    --kernel | --memory | --cpus | --timeout | --include | --fetch | --preset | --label | --ctest)
+      (($# > 1)) || die "$1 needs a value"
+      case $1 in
+        --kernel) kernel=$2 ;;
+        --preset) preset=$2 ;;
+        --label) label=$2 ;;
+        --ctest) chosen+=("$2") ;;
+        --include)
+          includes+=("${2%%:*}")
+          options+=("$1" "$2")
+          ;;
+        *) options+=("$1" "$2") ;;
+      esac
+      shift 2
+      ;;
+    --stdin)
+      options+=("$1")
+      shift
+      ;;
+    --update)
+      wants_update=yes
+      shift
+      ;;
+    --get)
+      get=yes
+      shift
+      ;;
+    --host)
+      host=yes
+      shift
+      ;;
+    --)
+      shift
+      (($# > 0)) || die "no program after --"
+      break
+      ;;
+    *) die "lab: no option $1 (./dev help)" ;;
+  esac
+done
+
+need build lab
+if [[ -n $host ]]; then
+  (($# == 0 && ${#options[@]} == 0)) || die "--host runs the tests alone: with --kernel, --preset or --update"
+fi
+
+# --------------------------------------------------------------------------------------------------------- preparation
+
+if [[ -n $wants_update ]]; then update; fi
+if [[ -n $kernel && $kernel != all ]]; then
+  get_kernel "$kernel" || exit 1
+  versions=("$kernel")
+else
+  for version in $(versions_to_have); do
+    if get_kernel "$version"; then versions+=("$version"); fi
+    # A program runs on one kernel, unless all are asked for; so does what is chosen for the newest.
+    if ((${#versions[@]} > 0)) && [[ $kernel != all && (-n $get || $# -gt 0) ]]; then break; fi
+  done
+  ((${#versions[@]} > 0)) || die "there is no kernel for the lab"
+fi
+if [[ -n $get ]]; then
+  echo "${versions[@]}"
+  exit
+fi
+
+for one in "${includes[@]}"; do build_path "$one"; done
+if (($# > 0)) && [[ $1 == */* ]]; then build_path "$1"; fi
+mkdir -p "$logs"
+
+# ------------------------------------------------------------------------------------------------------------ a program
+
+if (($# > 0)); then
+  status=0
+  for version in "${versions[@]}"; do
+    one=0
+    LAB_CONSOLE=$logs/lab-$version.console \
+      "$lab/machine.sh" --kernel "$kernels/$version" "${options[@]}" -- "$@" || one=$?
+    if ((status == 0)); then status=$one; fi
+  done
+  exit "$status"
+fi
+
+# ------------------------------------------------------------------------------------- the tests, on the host's own KVM
+
+for version in "${versions[@]}"; do build_modules "$version"; done
+
+if [[ -n $host ]]; then
+  status=0
+  for version in "${versions[@]}"; do
+    say "guests of the tests: Linux $version"
+    CPPVMM_LINUX=$kernels/$version/vmlinuz CPPVMM_BUSYBOX=$kernels/$version/busybox \
+      CPPVMM_GUEST_MODULES=$kernels/$version/guests "$tools/test.sh" "$preset" -L kvm || status=$?
+  done
+  exit "$status"
+fi
+
+# ------------------------------------------------------------------------------------------------ the tests, in machines
+
+build "$preset" lab_tests
+dir=$root/build/$preset
+# Which tests, and what they need: a line each, as selection.py says.
+selection=$dir/lab-selection
+"$(dirname "$cmake")/ctest" --test-dir "$dir" --show-only=json-v1 -L "$label" "${chosen[@]}" |
+  python3 "$lab/selection.py" "$( ((${#chosen[@]} == 0)) && echo --whole || echo --chosen)" >"$selection"
+[[ -s $selection ]] || die "no test of the lab fits"
+programs=''
+while IFS=$'\t' read -r kind _ _ path; do
+  options+=(--include "$path:$path")
+  if [[ $kind == test ]]; then programs+=" $(basename "$path")"; fi
+done <"$selection"
+
+facts=$dir/tests/support/cppvmm-machine-facts
+
+# test_on PROCESSOR VERSION
+test_on() {
+  exec env LAB_PROCESSOR="$1" LAB_CONSOLE="$logs/lab-$2.console" "$lab/machine.sh" --kernel "$kernels/$2" \
+    --timeout 3600 "${options[@]}" --include "$kernels/$2/vmlinuz" --include "$kernels/$2/guests" \
+    --include "$facts" --include "$selection:selection" --include "$lab/tests.sh" -- sh /tests.sh
+}
+
+# A machine takes one processor, so as many run at once as there are.
+machines=()
+stop_machines() {
+  end_ticker
+  if ((${#machines[@]} > 0)); then kill "${machines[@]}" 2>/dev/null || true; fi
+}
+trap stop_machines EXIT
+
+# test_at_once VERSION...: what the first one says goes to standard output, the others' to their logs.
+test_at_once() {
+  local version number=0 status=0
+  machines=()
+  for version in "$@"; do
+    if ((number == 0)); then
+      test_on 0 "$version" &
+    else
+      test_on "$number" "$version" >"$logs/lab-$version.log" 2>&1 &
+    fi
+    machines+=($!)
+    number=$((number + 1))
+  done
+  for machine in "${machines[@]}"; do wait "$machine" || status=$?; done
+  machines=()
+  return "$status"
+}
+
+status=0 at_once=$(nproc)
+for version in "${versions[@]}"; do rm -f "$logs/lab-$version.counts"; done
+for ((i = 0; i < ${#versions[@]}; i += at_once)); do
+  batch=("${versions[@]:i:at_once}")
+  names=${batch[*]}
+  step "the tests on Linux ${names// / and }" "lab-${batch[0]}" test_at_once "${batch[@]}" || status=$?
+done
+for version in "${versions[@]}"; do
+  log=$logs/lab-$version.log
+  awk -v name="$version" -v whole=$((${#chosen[@]} == 0)) -v expected="$programs" -v counts="$logs/lab-$version.counts" -f "$lab/summary.awk" "$log" ||
+    status=1
+  grep '^lab: the machine stopped\|^lab: stopped\|^lab: there is no' "$log" >&2 || true
+  say "the full log: ${log#"$root"/}"
+done
+exit "$status"
