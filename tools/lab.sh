@@ -174,7 +174,7 @@ if [[ -n $host ]]; then
   for version in "${versions[@]}"; do
     say "guests of the tests: Linux $version"
     CPPVMM_LINUX=$kernels/$version/vmlinuz CPPVMM_BUSYBOX=$kernels/$version/busybox \
-      CPPVMM_GUEST_MODULES=$kernels/$version/guests "$tools/test.sh" "$preset" -L kvm || status=$?
+      CPPVMM_GUEST_MODULES=$kernels/$version/guests "$tools/test.sh" --host "$preset" -L kvm || status=$?
   done
   exit "$status"
 fi
@@ -187,7 +187,11 @@ dir=$root/build/$preset
 selection=$dir/lab-selection
 "$(dirname "$cmake")/ctest" --test-dir "$dir" --show-only=json-v1 -L "$label" "${chosen[@]}" |
   python3 "$lab/selection.py" "$( ((${#chosen[@]} == 0)) && echo --whole || echo --chosen)" >"$selection"
-[[ -s $selection ]] || die "no test of the lab fits"
+if [[ ! -s $selection ]]; then
+  # What was chosen may all be elsewhere.
+  for version in "${versions[@]}"; do echo 0 0 0 0 >"$logs/lab-$version.counts"; done
+  exit
+fi
 programs=''
 while IFS=$'\t' read -r kind _ _ path; do
   options+=(--include "$path:$path")

@@ -30,7 +30,7 @@ need build lint
 build release
 sources >"$logs/lint.sources"
 check "clang-format" lint-format xargs -a "$logs/lint.sources" clang-format-19 --dry-run -Werror
-check "shellcheck" lint-shell shellcheck -x -P "$root" "$root/dev" "$root/.ci/run" "$tools"/*.sh "$root"/tests/lab/*.sh
+check "shellcheck" lint-shell shellcheck -x -P "$root" "$root/dev" "$root/.ci/run" "$tools"/*.sh "$root"/tests/{lab,tools}/*.sh
 check "graph" lint-graph python3 "$root/docs/house.py" --check
 check "clang-tidy" lint-tidy tidy
 exit "$status"

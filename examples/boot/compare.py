@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
-"""compare.py OFF.json ASKED.json: two runs of cppvmm-boot side by side, one without the hypercalls and one with them.
+"""compare.py [--emulated] OFF.json ASKED.json...: runs of cppvmm-boot side by side, one without the hypercalls and one
+for each way that they take. With --emulated it says that the times are those of an emulated processor.
 
-The exit status is 1 when the second run's answer was unsound, or when there was none.
+The exit status is 1 when an answer was unsound, or when there was none.
 """
 
 import json
@@ -29,29 +30,39 @@ def column(run):
     return rows
 
 
+def answer(run):
+    """What is said of its answer, and whether that is as it must be."""
+    if not run["ranges"] or run["unsound_pages"] is None:
+        return f"The guest got no answer that could be audited ({run['hypercalls']}).", False
+    unsound, missed, ranges = run["unsound_pages"], run["missed_zero_pages"], len(run["ranges"])
+    return (
+        f"The answer ({run['hypercalls']}): {share(run['reported_pages'], run['ram_pages'])} pages of RAM are zero "
+        f"already, in {ranges} range{'' if ranges == 1 else 's'}, found in {run['survey_us']:,.0f} us."
+        f"\nIts audit, which read every page again: {unsound} unsound (reported, but hold data), {missed} missed (zero, "
+        "but not reported)."
+    ), unsound == 0
+
+
 def main():
-    off, asked = (json.load(open(path, encoding="utf-8")) for path in sys.argv[1:3])
-    titles = ("", "zeroes everything", "asks first")
-    columns = [column(off), column(asked)]
-    table = [titles] + [(row, columns[0].get(row, ""), text) for row, text in columns[1].items()]
-    widths = [max(len(line[i]) for line in table) for i in range(3)]
-    print(f"\nA guest with {asked['memory_bytes'] // 2**20} MiB that wants its memory zeroed:\n")
+    paths = sys.argv[1:]
+    emulated = "--emulated" in paths
+    runs = [json.load(open(path, encoding="utf-8")) for path in paths if path != "--emulated"]
+    columns = [column(run) for run in runs]
+    table = [("", "zeroes everything") + ("asks first",) * (len(runs) - 1)]
+    table += [(row, *(one.get(row, "") for one in columns)) for row in columns[-1]]
+    widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
+    print(f"\nA guest with {runs[0]['memory_bytes'] // 2**20} MiB that wants its memory zeroed:\n")
     for number, line in enumerate(table):
         print("  ".join(text.ljust(width) for text, width in zip(line, widths)).rstrip())
         if number == 0:
             print("  ".join("-" * width for width in widths))
+    if emulated:
+        print("\nThe times are those of an emulated processor: only how they compare says something.")
 
-    if not asked["ranges"] or asked["unsound_pages"] is None:
-        print("\nThe guest got no answer that could be audited.")
-        return 1
-    unsound, missed, ranges = asked["unsound_pages"], asked["missed_zero_pages"], len(asked["ranges"])
-    print(
-        f"\nThe answer: {share(asked['reported_pages'], asked['ram_pages'])} pages of RAM are zero already, in "
-        f"{ranges} range{'' if ranges == 1 else 's'}, found in {asked['survey_us']:,.0f} us."
-        f"\nIts audit, which read every page again: {unsound} unsound (reported, but hold data), {missed} missed (zero, "
-        "but not reported)."
-    )
-    return 0 if unsound == 0 else 1
+    answers = [answer(run) for run in runs[1:]]
+    for text, _ in answers:
+        print(f"\n{text}")
+    return 0 if answers and all(good for _, good in answers) else 1
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 #include "options.hpp"
 #include "report.hpp"
 
+#include <charconv>
 #include <cstdio>
 #include <cstdlib>
 #include <exception>
@@ -29,7 +30,8 @@ bool write_file(const std::string& path, const std::string& text) {
   return !file.fail();
 }
 
-/// For standard output: as wide as it is, and coloured, where it is a terminal (https://no-color.org).
+/// For standard output: as wide as it is, and coloured, where it is a terminal. Elsewhere $COLUMNS and $CLICOLOR_FORCE
+/// say what the reader's terminal is; $NO_COLOR comes before it (https://no-color.org, https://bixense.com/clicolors).
 std::string terminal_form(const Picture& picture) {
   const auto variable = [](const char* name) {
     const char* value = std::getenv(name);
@@ -37,9 +39,14 @@ std::string terminal_form(const Picture& picture) {
   };
   winsize size{};
   const bool terminal = isatty(STDOUT_FILENO) == 1;
-  const unsigned columns =
-      terminal && ioctl(STDOUT_FILENO, TIOCGWINSZ, &size) == 0 && size.ws_col != 0 ? size.ws_col : 80;
-  return to_terminal(picture, columns, terminal && variable("NO_COLOR").empty() && variable("TERM") != "dumb");
+  unsigned columns = 80;
+  if (terminal && ioctl(STDOUT_FILENO, TIOCGWINSZ, &size) == 0 && size.ws_col != 0)
+    columns = size.ws_col;
+  else if (const std::string_view said = variable("COLUMNS"); !terminal && !said.empty())
+    std::from_chars(said.data(), said.data() + said.size(), columns);
+  const bool forced = !variable("CLICOLOR_FORCE").empty() && variable("CLICOLOR_FORCE") != "0";
+  const bool colour = forced || (terminal && variable("TERM") != "dumb");
+  return to_terminal(picture, columns, colour && variable("NO_COLOR").empty());
 }
 
 int run(const Options& options) {
