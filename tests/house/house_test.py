@@ -223,6 +223,22 @@ class PlantedViolations(unittest.TestCase):
         self.edit("modules/cppvmm.vcpu.cppm", r"^export import :error;", "import :error;")
         self.assert_caught("modules/cppvmm.vcpu.cppm:", "does not export cppvmm.vcpu:error")
 
+    def test_front_door_that_imports_another_module(self):
+        self.edit("modules/cppvmm.hv_ext.cppm", r"\Z", "import cppvmm.guest_memory;\n")
+        self.assert_caught("modules/cppvmm.hv_ext.cppm:3:", "a front door exports what it imports")
+
+    def test_front_door_outside_modules(self):
+        self.add("vcpu/extra.cppm", "export module cppvmm.extra;\n", "INTERFACE")
+        self.assert_caught("vcpu/extra.cppm:1:", "belongs in modules/cppvmm.extra.cppm")
+
+    def test_module_without_a_front_door(self):
+        self.add("vcpu/extra.cppm", "export module cppvmm.extra:extra;\n", "INTERFACE")
+        self.assert_caught("vcpu/extra.cppm:1:", "cppvmm.extra has no front door")
+
+    def test_two_units_of_one_name(self):
+        self.add("vcpu/twice.cpp", "module cppvmm.vcpu:error.impl;\n", "INTERNAL")
+        self.assert_caught("vcpu/twice.cpp:1:", "cppvmm.vcpu:error.impl is also in vcpu/error.cpp")
+
     def test_anything_else_in_modules(self):
         self.add("modules/extra.cppm", "export module cppvmm.vcpu:extra;\n")
         self.assert_caught("modules/extra.cppm:1:", "front doors only")
