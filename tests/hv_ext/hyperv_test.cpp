@@ -61,8 +61,8 @@ protected:
   void SetUp() override {
     BareGuestTest::SetUp();
     if (IsSkipped() || HasFatalFailure()) return;
-    if (GetParam() == HypercallTransport::kernel && !kvm->capabilities().forwards_extended_hypercalls)
-      GTEST_SKIP() << "this KVM does not forward extended hypercalls (Linux 6.3 with CONFIG_KVM_HYPERV)";
+    if (GetParam() == HypercallTransport::kernel && !machine_facts().kvm_forwards)
+      GTEST_SKIP() << "this KVM does not forward extended hypercalls";
     auto region = Region::adopt(GuestAddress(0), {memory.data(), memory.size(), Backing::anonymous, -1, 0});
     ASSERT_TRUE(region) << region.error().message();
     guest_memory.replace(*MemoryMap::make({*region}));
@@ -370,12 +370,11 @@ TEST_F(HypervCreate, TakesTheKernelsTransportWhereThereIsOne) {
   GuestMemory guest_memory;
   const auto hyperv = Hyperv::create(*vm, guest_memory);
   ASSERT_TRUE(hyperv) << hyperv.error().message();
-  EXPECT_EQ(hyperv->transport(),
-            kvm->capabilities().forwards_extended_hypercalls ? HypercallTransport::kernel : HypercallTransport::user);
+  EXPECT_EQ(hyperv->transport(), machine_facts().kvm_forwards ? HypercallTransport::kernel : HypercallTransport::user);
 }
 
 TEST_F(HypervCreate, RefusesTheKernelsTransportWhereThereIsNone) {
-  if (kvm->capabilities().forwards_extended_hypercalls) GTEST_SKIP() << "this KVM forwards extended hypercalls";
+  if (machine_facts().kvm_forwards) GTEST_SKIP() << "this KVM forwards extended hypercalls";
   GuestMemory guest_memory;
   const auto refused = Hyperv::create(*vm, guest_memory, {}, HypercallTransport::kernel);
   ASSERT_FALSE(refused);
