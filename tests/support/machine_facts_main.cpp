@@ -59,6 +59,7 @@ std::string words(const FileFacts& files) {
 } // namespace
 
 int main() {
+  std::setvbuf(stdout, nullptr, _IOLBF, 0); // the pool and the swap space are waited for
   const MachineFacts& facts = machine_facts();
   line("kernel", facts.kernel);
   line("root", yes_or_no(facts.is_root));
