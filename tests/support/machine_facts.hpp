@@ -42,12 +42,12 @@ struct MachineFacts {
   bool is_root = false;
 
   // Page tables.
-  bool pagemap_scan = false;          ///< PAGEMAP_SCAN finds the page that was written, and no other.
-  bool map_files = false;             ///< /proc/self/map_files can be opened, for shared memory without a descriptor.
-  bool mincore = false;               ///< mincore finds the page of a memfd that was written, and no other.
-  ReadOfAbsent read_of_absent{};      ///< Anonymous memory without huge pages, by what smaps counts as resident.
-  bool reads_told_apart = false;      ///< PAGEMAP_SCAN, asked as a survey asks, leaves out pages that were only read.
-  ReadOfAbsent huge_read{};           ///< The same of memory that asked for huge pages.
+  bool pagemap_scan = false;     ///< PAGEMAP_SCAN finds the page that was written, and no other.
+  bool map_files = false;        ///< /proc/self/map_files can be opened, for shared memory without a descriptor.
+  bool mincore = false;          ///< mincore counts the page of a memfd that was written, and nothing of an empty one.
+  ReadOfAbsent read_of_absent{}; ///< Anonymous memory without huge pages, by what smaps counts as resident.
+  bool reads_told_apart = false; ///< PAGEMAP_SCAN, asked as a survey asks, leaves out pages that were only read.
+  ReadOfAbsent huge_read{};      ///< The same of memory that asked for huge pages.
   std::uint64_t huge_read_pages = 0;  ///< How many 4 KiB pages are in the page tables after that one read.
   bool huge_reads_told_apart = false; ///< PAGEMAP_SCAN leaves out all of them.
 
@@ -60,7 +60,7 @@ struct MachineFacts {
   std::uint64_t shmem_pages_asked = 0;      ///< And of one that asks for huge pages.
 
   // The page cache.
-  bool cachestat = false; ///< cachestat counts the page of a memfd that was written, and no other.
+  bool cachestat = false; ///< cachestat counts the page of a memfd that was written, and nothing of an empty one.
 
   // Advice.
   bool populate_read = false;    ///< MADV_POPULATE_READ.
