@@ -153,6 +153,8 @@ std::expected<std::unique_ptr<LiveRegion>, std::string> LiveRegion::make(const R
   }
   if (!made) return std::unexpected(made.error().message());
   live->region_ = std::make_unique<Region>(std::move(*made));
+  // What lies before it in the file comes in a huge page with what the region has of that.
+  if (spec.memory == Memory::adopted_memfd && slice > 0 && live->is_coarse()) live->touched(0, 1, Reason::huge_page);
   if (auto prepared = live->prepare(); !prepared) return std::unexpected(prepared.error());
   return live;
 }
@@ -221,7 +223,8 @@ bool LiveRegion::is_coarse() const {
   case Memory::memfd:
   case Memory::adopted_memfd:
   case Memory::shared_anonymous:
-    return spec_.thp != Thp::forbidden && machine.shmem_thp();
+    // What a mapping was advised does not bind the others, nor write(2).
+    return machine.shmem_thp_unasked() || (spec_.thp != Thp::forbidden && machine.shmem_thp());
   // The page cache of a disk's file has folios of all sizes, and a store makes one dirty as a whole.
   case Memory::shared_file:
     return true;
@@ -244,9 +247,11 @@ std::uint32_t LiveRegion::window() const {
 }
 
 std::uint32_t LiveRegion::window_base() const {
-  // What a disk's file has in memory is aligned in the file.
-  const bool is_of_file = spec_.memory == Memory::shared_file || (is_private_file(spec_.memory) && !is_coarse());
-  const std::uint64_t start = is_of_file ? file_offset_ : reinterpret_cast<std::uintptr_t>(host(0));
+  // What a file has in memory is aligned in the file.
+  const bool is_of_file = is_shared(spec_.memory) || (is_private_file(spec_.memory) && !is_coarse());
+  const bool is_hidden = spec_.memory == Memory::shared_anonymous; // whose mapping is all of its file
+  const std::uint64_t in_file = is_hidden ? own_bytes_ - spec_.pages * page_size : file_offset_;
+  const std::uint64_t start = is_of_file ? in_file : reinterpret_cast<std::uintptr_t>(host(0));
   return static_cast<std::uint32_t>(start / page_size % huge_pages);
 }
 

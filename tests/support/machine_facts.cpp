@@ -207,13 +207,19 @@ std::string chosen(const std::string& text) {
   return from < to && to != std::string::npos ? text.substr(from + 1, to - from - 1) : "";
 }
 
-/// How many pages a memfd of 2 MiB has after one store.
-std::uint64_t pages_of_memfd(bool asks) {
+enum class Touch : std::uint8_t { store, store_to_advised, write };
+
+/// How many pages a memfd of 2 MiB has after one of its pages was touched.
+std::uint64_t pages_of_memfd(Touch touch) {
   const Descriptor file(memfd_create("cppvmm-test", MFD_CLOEXEC));
   if (!file.is_open() || ftruncate(file.number(), huge) != 0) return 0;
   const Mapping mapping(huge, MAP_SHARED, file.number());
-  if (!mapping.exists() || (asks && !mapping.advise(MADV_HUGEPAGE))) return 0;
-  mapping.store(100);
+  if (touch == Touch::write) {
+    if (pwrite(file.number(), "x", 1, 100 * page) != 1) return 0;
+  } else {
+    if (!mapping.exists() || (touch == Touch::store_to_advised && !mapping.advise(MADV_HUGEPAGE))) return 0;
+    mapping.store(100);
+  }
   struct stat status{};
   return fstat(file.number(), &status) == 0 ? static_cast<std::uint64_t>(status.st_blocks) * 512 / page : 0;
 }
@@ -231,8 +237,9 @@ void find_huge_pages(MachineFacts& facts) {
     silent.store(100);
     facts.pages_at_a_store = entries(silent);
   }
-  facts.shmem_pages_at_a_store = pages_of_memfd(false);
-  facts.shmem_pages_asked = pages_of_memfd(true);
+  facts.shmem_pages_at_a_store = pages_of_memfd(Touch::store);
+  facts.shmem_pages_at_a_write = pages_of_memfd(Touch::write);
+  facts.shmem_pages_asked = pages_of_memfd(Touch::store_to_advised);
 
   const Mapping small(huge);
   if (small.advise(MADV_NOHUGEPAGE)) {

@@ -57,7 +57,8 @@ struct MachineFacts {
   bool gives_huge_pages = false; ///< One store to anonymous memory that asks for them brings one.
   std::uint64_t pages_at_a_store = 0; ///< What one store brings into anonymous memory that does not ask, in pages.
   std::uint64_t shmem_pages_at_a_store = 0; ///< The same of a memfd that does not ask.
-  std::uint64_t shmem_pages_asked = 0;      ///< And of one that asks for huge pages.
+  std::uint64_t shmem_pages_at_a_write = 0; ///< And what one pwrite brings into a memfd.
+  std::uint64_t shmem_pages_asked = 0;      ///< What one store brings into a memfd that asks for huge pages.
 
   // The page cache.
   bool cachestat = false; ///< cachestat counts the page of a memfd that was written, and nothing of an empty one.
@@ -91,10 +92,15 @@ struct MachineFacts {
 
   /// Whether anonymous memory can get huge pages without being advised, now or, by khugepaged, later.
   [[nodiscard]] bool thp_unasked() const { return thp_policy == "always" || pages_at_a_store > 1; }
-  /// Whether shared memory that is not kept from it can.
+  /// Whether shared memory that nobody advised can: then it does whatever one mapping was advised, for others write
+  /// too.
+  [[nodiscard]] bool shmem_thp_unasked() const {
+    return shmem_pages_at_a_store > 1 || shmem_pages_at_a_write > 1 || shmem_thp_policy == "always" ||
+           shmem_thp_policy == "within_size" || shmem_thp_policy == "force";
+  }
+  /// Whether shared memory that is advised can.
   [[nodiscard]] bool shmem_thp() const {
-    return shmem_pages_at_a_store > 1 || shmem_pages_asked > 1 ||
-           !(shmem_thp_policy.empty() || shmem_thp_policy == "never" || shmem_thp_policy == "deny");
+    return shmem_thp_unasked() || shmem_pages_asked > 1 || shmem_thp_policy == "advise";
   }
 };
 

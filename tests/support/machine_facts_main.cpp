@@ -87,8 +87,9 @@ int main() {
        words(facts.thp_policy) + ", given when asked for: " + yes_or_no(facts.gives_huge_pages));
   line("  pages that a store brings unasked", std::to_string(facts.pages_at_a_store));
   line("transparent huge pages of shared memory", words(facts.shmem_thp_policy));
-  line("  pages that a store brings unasked, asked",
-       std::to_string(facts.shmem_pages_at_a_store) + ", " + std::to_string(facts.shmem_pages_asked));
+  line("  pages that a store, a write brings unasked",
+       std::to_string(facts.shmem_pages_at_a_store) + ", " + std::to_string(facts.shmem_pages_at_a_write));
+  line("  pages that a store brings when asked for", std::to_string(facts.shmem_pages_asked));
   line("madvise", sorted({{"POPULATE_READ", facts.populate_read},
                           {"POPULATE_WRITE", facts.populate_write},
                           {"DONTNEED_LOCKED", facts.dontneed_locked},
