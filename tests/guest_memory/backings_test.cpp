@@ -167,6 +167,8 @@ protected:
 TEST_F(SnapshotFile, MappedPrivatelyHasDataAndCopies) {
   const auto region = Region::private_file(GuestAddress(0), 4 * mib, fd, 0);
   ASSERT_TRUE(region) << region.error().message();
+  const auto set = region->set_huge_pages(HugePages::never);
+  ASSERT_TRUE(set || set.error().code == MemoryErrc::unavailable) << set.error().message();
   const GuestMemory memory(*MemoryMap::make({*region}));
   PageSet touched(pages(data_first, data_end - data_first));
   for (const auto source : sources) {

@@ -81,6 +81,12 @@ int sparse_file(std::uint64_t bytes) {
   return -1;
 }
 
+/// Where the host gives any: a store then brings its page alone, whatever the policy is.
+void keep_huge_pages_off(const Region& region) {
+  const auto set = region.set_huge_pages(HugePages::never);
+  ASSERT_TRUE(set || set.error().code == MemoryErrc::unavailable) << set.error().message();
+}
+
 /// How many mappings of this process lie within the region.
 std::uint64_t mappings_in(const Region& region) {
   const auto start = reinterpret_cast<std::uintptr_t>(region.host_address());
@@ -148,10 +154,7 @@ protected:
     ASSERT_TRUE(made) << made.error().message();
     region.emplace(*made);
     // A huge page is touched at once, where the host gives any.
-    if (!is_hugetlb() && backing() != Backing::shared_file) {
-      const auto set = region->set_huge_pages(HugePages::never);
-      ASSERT_TRUE(set || set.error().code == MemoryErrc::unavailable) << set.error().message();
-    }
+    if (!is_hugetlb() && backing() != Backing::shared_file) keep_huge_pages_off(*region);
     memory.replace(*MemoryMap::make({*region}));
     has_evidence = !(backing() == Backing::shared_anonymous && !machine.map_files) &&
                    !(backing() == Backing::shared_file && !machine.cachestat);
@@ -389,7 +392,9 @@ TEST_P(LifecycleOf, APluggedRegionShowsInTheNextSurveyAndAnUnpluggedOneDoesNot) 
   store(*region, first);
   const auto before = memory.survey();
   const GuestAddress far(std::uint64_t{1} << 32);
-  ASSERT_TRUE(memory.add_region(*Region::memfd(far, mib)));
+  const Region plugged = *Region::memfd(far, mib);
+  keep_huge_pages_off(plugged);
+  ASSERT_TRUE(memory.add_region(plugged));
   ASSERT_TRUE(memory.write_value(far, std::uint64_t{1}));
   Survey survey = memory.survey();
   PageSet zeroed = before.zeroed;
@@ -560,9 +565,11 @@ TEST_F(RestoredSnapshot, IsAdoptedWithPartsDiscarded) {
   void* const space =
       mmap(nullptr, 3 * bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   ASSERT_NE(space, MAP_FAILED);
+  static_cast<void>(madvise(space, 3 * bytes, MADV_NOHUGEPAGE)); // refused where there are none
   auto* const own = static_cast<char*>(space) + bytes;
   ASSERT_NE(mmap(own, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_FIXED, file, 0), MAP_FAILED);
   const Region region = *Region::adopt(GuestAddress(0), {own, bytes, Backing::private_file, file, 0});
+  keep_huge_pages_off(region);
   GuestMemory memory(*MemoryMap::make({region}));
   PageSet touched = data;
   for (const PageRange& part : {pages(0, 100), pages(count - 500, 500), pages(200, 100)}) {
