@@ -36,9 +36,8 @@ const char* to_string(Reason reason) {
   constexpr const char* words[reason_kinds] = {
       "for no reason",
       "the page was written: with zeros, or with data that was overwritten with zeros",
-      "the page was read: shared memory is allocated by that, kernels without a shared page of zeros give the reader a "
-      "page "
-      "of its own, and older kernels cannot tell it from a write",
+      "the page was read: shared memory is allocated by that, kernels without a shared page of zeros give the reader "
+      "a page of its own, and older kernels cannot tell it from a write",
       "the memory was populated or collapsed into huge pages beforehand",
       "a neighbour in the same huge page was touched",
       "another process has huge pages of the file that are not mapped here: which, nobody tells",

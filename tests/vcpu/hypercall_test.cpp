@@ -1,6 +1,8 @@
 #include <gtest/gtest.h>
 #include <vector>
 
+#include "support/machine_facts.hpp"
+
 #include "support/bare_guest.hpp"
 
 namespace cppvmm::test {
@@ -324,8 +326,7 @@ protected:
   void SetUp() override {
     BareGuestTest::SetUp();
     if (IsSkipped()) return;
-    if (!kvm->capabilities().forwards_extended_hypercalls)
-      GTEST_SKIP() << "this KVM does not forward extended hypercalls (0x40000003.EBX bit 20)";
+    if (!machine_facts().kvm_forwards) GTEST_SKIP() << "this KVM does not forward extended hypercalls";
   }
 
   // In long mode, behind a guest that has set the hypercall page up.
