@@ -177,8 +177,7 @@ TEST_F(Boot, BothTransportsGiveTheGuestTheSame) {
 }
 
 /// Over each transport, a guest of a size whose audit takes a while.
-class BootOver : public Boot,
-                 public testing::WithParamInterface<std::tuple<const char*, const char*, const char*>> {};
+class BootOver : public Boot, public testing::WithParamInterface<std::tuple<const char*, const char*, const char*>> {};
 
 TEST_P(BootOver, TheAnswerIsSoundAndTheGuestIsRight) {
   const auto& [transport, backing, cpus] = GetParam();

@@ -14,8 +14,8 @@ using Embed = NeedsKvm;
 TEST_F(Embed, AnswersItsGuest) {
   const Ended ended = run_program(CPPVMM_EMBED, {});
   EXPECT_EQ(ended.status, 0) << ended.err;
-  EXPECT_TRUE(std::regex_match(
-      ended.out, std::regex("status 0: [0-9]+ ranges, first (8184|7680) pages from page (8|512) on\n")))
+  EXPECT_TRUE(std::regex_match(ended.out,
+                               std::regex("status 0: [0-9]+ ranges, first (8184|7680) pages from page (8|512) on\n")))
       << ended.out;
 }
 
