@@ -17,7 +17,7 @@ build() {
   local preset=$1 dir=$root/build/$1 targets=("${@:2}") what='' configured=''
   known_preset "$preset" || die "no preset '$preset': debug, release, asan-ubsan, tsan, coverage"
   need build test
-  if [[ $preset == *san ]]; then need sanitizers; fi
+  if [[ $preset == *san || $preset == coverage ]]; then need instrumented; fi
   if ((${#targets[@]} == 0)); then targets=(all); fi
   if (($# == 2)); then what=": $2"; fi
   if [[ -e $dir/configured ]]; then configured=$(<"$dir/configured"); fi
@@ -31,8 +31,10 @@ build() {
 build_example() {
   local dir=$root/build/release
   need build
-  if [[ ! -e $dir/build.ninja || ! -e $dir/configured || $root/CMakePresets.json -nt $dir/configured ]]; then
+  if [[ ! -e $dir/build.ninja ]]; then
     configure examples "$dir"
+  elif [[ -s $dir/configured && $root/CMakePresets.json -nt $dir/configured ]]; then
+    configure "$(<"$dir/configured")" "$dir"
   fi
   build_targets release ": $1" "$1"
 }

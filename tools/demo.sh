@@ -15,6 +15,8 @@ esac
 
 need build
 choose_place "the guests run in" "${1:-}"
+# What takes a person's password or a download comes first.
+if [[ $place == lab ]]; then "$tools/lab.sh" --get >/dev/null; fi
 build_example cppvmm-boot
 mkdir -p "$out"
 rm -f "$out"/*.json
@@ -29,7 +31,6 @@ if [[ $place == host ]]; then
 fi
 
 # One machine for all of them. A kernel whose KVM does not forward the calls has one way for them less.
-"$tools/lab.sh" --get >/dev/null
 fetch=()
 for run in off kernel user; do fetch+=(--fetch "/tmp/$run.json:$out/$run.json"); done
 # shellcheck disable=SC2016 # The machine's shell expands it.

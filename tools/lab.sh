@@ -92,7 +92,7 @@ while (($# > 0)); do
         --label) label=$2 ;;
         --ctest) chosen+=("$2") ;;
         --include)
-          includes+=("${2%%:*}")
+          includes+=("${2%:*}")
           options+=("$1" "$2")
           ;;
         *) options+=("$1" "$2") ;;
@@ -155,11 +155,15 @@ mkdir -p "$logs"
 # ------------------------------------------------------------------------------------------------------------ a program
 
 if (($# > 0)); then
+  # run_in VERSION COMMAND...: in this process's place, so that who ends it ends the machine.
+  run_in() {
+    exec env LAB_CONSOLE="$logs/lab-$1.console" "$lab/machine.sh" --kernel "$kernels/$1" "${options[@]}" -- "${@:2}"
+  }
+  if ((${#versions[@]} == 1)); then run_in "${versions[0]}" "$@"; fi
   status=0
   for version in "${versions[@]}"; do
     one=0
-    LAB_CONSOLE=$logs/lab-$version.console \
-      "$lab/machine.sh" --kernel "$kernels/$version" "${options[@]}" -- "$@" || one=$?
+    (run_in "$version" "$@") || one=$?
     if ((status == 0)); then status=$one; fi
   done
   exit "$status"
@@ -167,9 +171,8 @@ fi
 
 # ------------------------------------------------------------------------------------- the tests, on the host's own KVM
 
-for version in "${versions[@]}"; do build_modules "$version"; done
-
 if [[ -n $host ]]; then
+  for version in "${versions[@]}"; do build_modules "$version"; done
   status=0
   for version in "${versions[@]}"; do
     say "guests of the tests: Linux $version"
@@ -192,6 +195,7 @@ if [[ ! -s $selection ]]; then
   for version in "${versions[@]}"; do echo 0 0 0 0 >"$logs/lab-$version.counts"; done
   exit
 fi
+for version in "${versions[@]}"; do build_modules "$version"; done
 programs=''
 while IFS=$'\t' read -r kind _ _ path; do
   options+=(--include "$path:$path")

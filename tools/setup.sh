@@ -1,23 +1,22 @@
 #!/usr/bin/env bash
 # setup.sh [GROUP...]: installs what is missing of the packages that each group needs; all of them by default. Sourced, it
 # brings `need GROUP...`, which does that, and what else has to do with apt.
-#   build  the library and the examples      test  the tests and benchmarks     sanitizers  their builds
-#   lint   the linters                       lab   the emulated machine         guests      modules for Linux guests
+#   build  the library and the examples      test  the tests and benchmarks     instrumented  sanitizers, coverage
+#   lint   the linters                       lab   the emulated machine         guests        modules for Linux guests
 # shellcheck disable=SC2034 # Who sources this uses what it sets.
 # shellcheck source=tools/say.sh
 source "$(dirname "${BASH_SOURCE[0]}")/say.sh"
 
-groups=(build test sanitizers lint lab guests)
+groups=(build test instrumented lint lab guests)
 
 packages_of() {
   case $1 in
     build) echo clang-19 clang-tools-19 lld-19 ninja-build libcli11-dev nlohmann-json3-dev python3 ;;
     test) echo libgtest-dev libgmock-dev libbenchmark-dev librapidcheck-dev ;;
-    sanitizers) echo libclang-rt-19-dev llvm-19 ;;
+    instrumented) echo libclang-rt-19-dev llvm-19 ;;
     lint) echo clang-tidy-19 clang-format-19 shellcheck ;;
     lab) echo qemu-system-x86 cpio util-linux xz-utils zstd ;;
     guests) echo gcc make xz-utils ;;
-    *) die "setup: no group '$1': ${groups[*]}" ;;
   esac
 }
 
@@ -124,6 +123,10 @@ add_backports() {
 
 # need GROUP...
 need() {
+  local group
+  for group in "$@"; do
+    [[ " ${groups[*]} " == *" $group "* ]] || die "setup: no group '$group': ${groups[*]}"
+  done
   install_missing "$@"
   if [[ " $* " == *' build '* ]]; then find_cmake || die "no CMake from 3.28 to 4.2"; fi
 }

@@ -16,7 +16,8 @@ case ${1:-} in
     ;;
   --linux)
     # A kernel's own image and modules are its guest's.
-    for version in $("$tools/lab.sh" --get --kernel all); do
+    versions=$("$tools/lab.sh" --get --kernel all)
+    for version in $versions; do
       folder=$root/build/lab/kernels/$version
       "$tools/lab.sh" --kernel "$version" --memory 4G --timeout 1800 \
         --include "$root/build/release/examples/boot/cppvmm-boot" --include "$folder/vmlinuz" \

@@ -5,7 +5,7 @@
 #   EXTENSIONS              ON, OFF, or empty: no language chosen, the compiler's default
 #   GROUP                   ON: with the component vcpu_group, which needs Boost
 #   BUILD_TYPE, C_COMPILER, CXX_COMPILER, ASM_COMPILER, C_FLAGS, CXX_FLAGS, NINJA    as the tree's own build has them
-# With PREFIX and without GROUP, Boost is hidden from the consumer, and no file of it may be read by any compilation.
+# With PREFIX and without GROUP, Boost is hidden from the consumer, and no file of it may be read by what is compiled.
 # With both, configuring must fail first where Boost is hidden, and name what is missing.
 # What is in the build folder is built again when a command or a file that it reads has changed, as by any Ninja build.
 function(run)

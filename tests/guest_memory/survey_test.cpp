@@ -155,7 +155,9 @@ TEST_P(SurveyOfSlice, SeesOnlyItsOwnPages) {
   ASSERT_EQ(pwrite(own_fd, "x", 1, 0), 1);
   ASSERT_EQ(pwrite(own_fd, "x", 1, mib / 2 - 1), 1);
   ASSERT_EQ(pwrite(own_fd, "x", 1, mib / 2 + region_pages * page_size), 1);
-  expect_touched_by_others({});
+  if (test::machine_facts().shmem_thp_unasked())
+    GTEST_SKIP() << "shared memory gets huge pages unasked, which reach over the region's ends";
+  expect_touched({});
 }
 
 TEST_P(SurveyOfShared, SeesAnotherProcess) {

@@ -59,10 +59,11 @@ for tool in qemu-system-x86_64 cpio taskset; do
 done
 
 work=$(mktemp -d)
-machine=
+machine='' writer=''
 # shellcheck disable=SC2317 # The traps call it.
 clean_up() {
   if [[ -n $machine ]]; then kill "$machine" 2>/dev/null || true; fi
+  if [[ -n $writer ]]; then kill "$writer" 2>/dev/null || true; fi
   rm -rf "$work"
 }
 trap clean_up EXIT
@@ -106,9 +107,14 @@ free_name() {
 }
 
 for entry in "${includes[@]}"; do
-  source=${entry%%:*}
-  target=${entry#*:}
-  if [[ $target == "$entry" ]]; then target=$(basename "$source"); fi
+  # A path may have colons; a DEST has none.
+  if [[ -e $entry || $entry != *:* ]]; then
+    source=$entry
+    target=$(basename "$entry")
+  else
+    source=${entry%:*}
+    target=${entry##*:}
+  fi
   target=${target#/}
   free_name "$target"
   if [[ -f $source ]]; then
@@ -218,7 +224,7 @@ processor() {
 
 # run_machine: one run from power on to off; the status of `timeout`.
 run_machine() {
-  local status=0 out err keys writer='' readers=() devices=()
+  local status=0 out err keys readers=() devices=()
   rm -f "$work"/{out,err,status,files}
   mkfifo "$work/out" "$work/err"
   : >"$work/status"
@@ -260,6 +266,7 @@ run_machine() {
   wait "$machine" || status=$?
   machine=
   if [[ -n $writer ]]; then kill "$writer" 2>/dev/null || true; fi
+  writer=
   exec {out}>&- {err}>&-
   wait "${readers[@]}" || true
   if [[ -n ${LAB_CONSOLE:-} ]]; then cat "$work"/{console,qemu} 2>/dev/null >>"$LAB_CONSOLE" || true; fi

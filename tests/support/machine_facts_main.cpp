@@ -1,12 +1,8 @@
 // cppvmm-machine-facts: what the tests know of this machine, a line a fact. Needs no file but /proc, /sys and a folder
 // for temporary files.
-#include "huge_pages.hpp"
 #include "machine_facts.hpp"
-#include "swap.hpp"
 
-#include <csignal>
 #include <cstdio>
-#include <expected>
 #include <initializer_list>
 #include <string>
 #include <utility>
@@ -58,18 +54,9 @@ std::string words(const FileFacts& files) {
          ", named as in maps: " + yes_or_no(files.named_by_fstat);
 }
 
-/// Whether it was given, or why not; it is given back at once.
-template <class Taken>
-std::string was_given(std::expected<Taken, std::string>&& offered) {
-  const std::expected<Taken, std::string> taken = std::move(offered);
-  return taken ? "yes" : "no: " + taken.error();
-}
-
 } // namespace
 
 int main() {
-  std::signal(SIGPIPE, SIG_IGN);            // or the pool would stay as it is when nobody reads on
-  std::setvbuf(stdout, nullptr, _IOLBF, 0); // the pool and the swap space are waited for
   const MachineFacts& facts = machine_facts();
   line("kernel", facts.kernel);
   line("root", yes_or_no(facts.is_root));
@@ -102,10 +89,8 @@ int main() {
        sorted({{"faults", facts.userfaultfd}, {"asynchronous-write-protection", facts.async_write_protect}}));
   line("memory can be compacted", yes_or_no(facts.compaction));
   line("huge pages of 2 MiB in the pool", words(facts.huge_pool_2m));
-  line("  16 for tests", was_given(HugePagePool::take()));
   line("huge pages of 1 GiB in the pool", words(facts.huge_pool_1g));
   line("swap", std::string(facts.has_swap ? "in use" : "none") + ", zram: " + yes_or_no(facts.zram));
-  line("  some for tests", was_given(SwapSpace::take()));
   line("temporary files", words(facts.files));
   return 0;
 }

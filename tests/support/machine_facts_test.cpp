@@ -5,6 +5,8 @@
 
 #include <cerrno>
 #include <cstddef>
+#include <cstdio>
+#include <cstdlib>
 #include <filesystem>
 #include <gtest/gtest.h>
 #include <sys/mman.h>
@@ -33,6 +35,31 @@ TEST(MachineFacts, DoNotContradictEachOther) {
   if (facts.kvm_forwards) EXPECT_TRUE(facts.kvm_hyperv);
   if (!facts.kvm_missing.empty()) EXPECT_FALSE(facts.kvm_hyperv);
   EXPECT_LE(facts.huge_pool_2m.free, facts.huge_pool_2m.pages);
+}
+
+// Where a kernel has a thing, and the probe misses it, tests that need it would be skipped in silence.
+TEST(MachineFacts, AreThoseOfTheLabsKernels) {
+  if (std::getenv("CPPVMM_LAB") == nullptr) GTEST_SKIP() << "this is not the lab, whose kernels are known";
+  const MachineFacts& facts = machine_facts();
+  unsigned major = 0;
+  unsigned minor = 0;
+  // NOLINTNEXTLINE(cert-err34-c): the kernel's own words
+  ASSERT_EQ(std::sscanf(facts.kernel.c_str(), "%u.%u", &major, &minor), 2);
+  const auto at_least = [&](unsigned wanted) { return major > 6 || (major == 6 && minor >= wanted); };
+  EXPECT_EQ(facts.kvm_missing, "");
+  EXPECT_EQ(facts.kvm_forwards, at_least(3));
+  EXPECT_EQ(facts.cachestat, at_least(5));
+  EXPECT_EQ(facts.pagemap_scan, at_least(7));
+  EXPECT_EQ(facts.async_write_protect, at_least(7));
+  EXPECT_EQ(facts.reads_told_apart, at_least(7));
+  EXPECT_EQ(facts.read_of_absent, ReadOfAbsent::shared_zero_page);
+  EXPECT_TRUE(facts.mincore);
+  EXPECT_TRUE(facts.map_files);
+  EXPECT_TRUE(facts.userfaultfd);
+  EXPECT_TRUE(facts.gives_huge_pages);
+  EXPECT_TRUE(facts.hugetlb_dontneed);
+  EXPECT_TRUE(facts.compaction);
+  EXPECT_TRUE(facts.zram);
 }
 
 TEST(MachineFacts, AreFoundOnce) { EXPECT_EQ(&machine_facts(), &machine_facts()); }

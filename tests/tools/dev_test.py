@@ -81,9 +81,9 @@ class BootRunsInTheLab(unittest.TestCase):
     def test_with_its_files(self):
         kernel()
         with tempfile.TemporaryDirectory(prefix="with a space ") as folder:
-            figures, picture = pathlib.Path(folder, "figures.json"), pathlib.Path(folder, "picture.svg")
+            figures, picture = pathlib.Path(folder, "a:b.json"), pathlib.Path(folder, "picture.svg")
             done = without_kvm(
-                ROOT / "dev", "boot", "--memory", "16M", "--audit", "--json", figures, f"--map={picture}")
+                ROOT / "dev", "boot", "--memory", "16MiB", "--audit", "--json", figures, f"--map={picture}")
             self.assertEqual(done.returncode, 0, done.stderr)
             self.assertIn("reported as zeroed", done.stdout)
             self.assertEqual(json.loads(figures.read_text())["unsound_pages"], 0)

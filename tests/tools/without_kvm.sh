@@ -34,12 +34,18 @@ done
 mount --move "$dev" /dev
 rmdir "$dev"
 
+regular_files() {
+  for entry in /dev/*; do
+    if [ -f "$entry" ] && [ ! -L "$entry" ]; then echo "$entry"; fi
+  done
+}
+
+before=$(regular_files)
 status=0
 "$@" || status=$?
-for entry in /dev/*; do
-  if { [ -f "$entry" ] && [ ! -L "$entry" ]; } || [ "$entry" = /dev/kvm ]; then
-    echo "made: $entry" >&2
-    exit 99
-  fi
-done
+after=$(regular_files)
+if [ "$after" != "$before" ] || [ -e /dev/kvm ]; then
+  echo "made: $after" >&2
+  exit 99
+fi
 exit "$status"

@@ -1,8 +1,9 @@
 #include <cstdint>
-#include <cstdlib>
 #include <fcntl.h>
 #include <gtest/gtest.h>
 #include <linux/kvm.h>
+
+#include "support/machine_facts.hpp"
 
 #include "support/bare_guest.hpp"
 
@@ -57,16 +58,10 @@ TEST_F(KvmTest, ExtendedHypercallsAreForwardedWhereTheHyperVLeavesSaySo) {
   const CpuidEntry* const features = find_cpuid(*entries, 0x4000'0003);
   ASSERT_NE(features, nullptr);
   EXPECT_EQ(kvm->capabilities().forwards_extended_hypercalls, (features->ebx & 1U << 20) != 0);
+  EXPECT_EQ(kvm->capabilities().forwards_extended_hypercalls, machine_facts().kvm_forwards);
 }
 
 // What supported_hv_cpuid falls back to on kernels that cannot be asked without a vCPU.
-// What is skipped for want of it would hide that it is not seen.
-TEST_F(KvmTest, ForwardsExtendedHypercallsWhereItIsKnownTo) {
-  if (std::getenv("CPPVMM_KVM_FORWARDS") == nullptr)
-    GTEST_SKIP() << "CPPVMM_KVM_FORWARDS does not say that this kernel's KVM forwards them";
-  EXPECT_TRUE(kvm->capabilities().forwards_extended_hypercalls);
-}
-
 TEST_F(KvmTest, AVcpuGivesTheSameHyperVLeaves) {
   const Vcpu vcpu = make_vcpu();
   const auto of_vcpu = vcpu.supported_hv_cpuid();
