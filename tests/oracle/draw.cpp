@@ -4,10 +4,15 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
-#include <rapidcheck.h>
 #include <tuple>
 #include <utility>
 #include <vector>
+
+// Its headers use what newer standard libraries call deprecated in C++23, and more so where they are instantiated.
+#pragma clang diagnostic push
+#pragma clang diagnostic ignored "-Wdeprecated-declarations"
+#include <rapidcheck.h>
+#pragma clang diagnostic pop
 
 namespace cppvmm::oracle {
 namespace {
