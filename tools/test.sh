@@ -89,7 +89,7 @@ while (($# > 0)); do
 done
 here=("${chosen[@]}")
 if [[ $place != host ]]; then
-  here+=(-LE "^kvm$${without:+|$without}")
+  here+=(-LE "^kvm\$${without:+|$without}")
 elif [[ -n $without ]]; then
   here+=(-LE "$without")
 fi

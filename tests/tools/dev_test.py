@@ -67,6 +67,22 @@ class TestsOfKvmNeedIt(unittest.TestCase):
                 self.assertIn("[  SKIPPED ]", done.stdout)
 
 
+class TestsAreChosen(unittest.TestCase):
+    """Not among ctest's tests, for it runs ctest where these run: .ci/run calls it."""
+
+    def counts(self, *arguments):
+        done = without_kvm(ROOT / "dev", "test", "--host", "release", "-R", r"^(FileDescriptor|KvmTest)\.", *arguments)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        return done.stdout.splitlines()[-1]
+
+    def test_without_those_that_need_kvm(self):
+        self.assertEqual(self.counts(), "release: 4 passed, 0 failed, 0 skipped; 0 ran against a real KVM")
+
+    def test_and_without_what_a_person_leaves_out(self):
+        self.assertEqual(
+            self.counts("-LE", "kernel"), "release: 4 passed, 0 failed, 0 skipped; 0 ran against a real KVM")
+
+
 class DemoRunsInTheLab(unittest.TestCase):
     def test_with_an_answer_each_way(self):
         kernel()
