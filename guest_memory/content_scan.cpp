@@ -23,6 +23,7 @@ module cppvmm.guest_memory:content_scan.impl;
 import :address;
 import :content_check;
 import :content_scan;
+import :descriptor;
 import :error;
 import :evidence;
 import :extents;
@@ -438,15 +439,15 @@ ContentScan scan_content(const FileMapping& mapping, Backing backing, std::span<
     return result;
   }
   // Opened for each check: the descriptor stays tied to the address space that opened it.
-  const int pagemap = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
-  if (pagemap < 0) {
+  const Descriptor pagemap(open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC));
+  if (!pagemap.is_open()) {
     report.error = os_error("open /proc/self/pagemap", mapping, 0, mapping.bytes / page_size, errno);
     without_looking();
     return result;
   }
-  ContentWork scan(mapping, other_pages(backing), pagemap, touched, resolve(options.scan), looks, budget, zero_pages);
+  ContentWork scan(mapping, other_pages(backing), pagemap.number(), touched, resolve(options.scan), looks, budget,
+                   zero_pages);
   const auto workers = run(scan, options);
-  close(pagemap);
 
   for (const auto& worker : workers) {
     report.checked_pages += worker->checked;

@@ -11,8 +11,10 @@ module;
 #include <optional>
 #include <sys/mman.h>
 #include <unistd.h>
+#include <utility>
 module cppvmm.guest_memory:discard.impl;
 import :address;
+import :descriptor;
 import :discard;
 import :error;
 import :evidence;
@@ -152,11 +154,8 @@ static int remove_from_file(const DiscardTarget& target) {
   if (refused == 0 || target.is_fd_writable || part.fd < 0) return refused;
   char path[64];
   std::snprintf(path, sizeof path, "/proc/self/fd/%d", part.fd);
-  const int writable = open(path, O_RDWR | O_CLOEXEC);
-  if (writable < 0) return refused;
-  const int error = punch_hole(writable, part);
-  close(writable);
-  return error;
+  const Descriptor writable(open(path, O_RDWR | O_CLOEXEC));
+  return writable.is_open() ? punch_hole(writable.number(), part) : refused;
 }
 
 /// Of private anonymous memory, huge pages or not.

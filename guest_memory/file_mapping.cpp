@@ -9,11 +9,11 @@ module;
 #include <iterator>
 #include <string>
 #include <sys/stat.h>
-#include <unistd.h>
 #include <utility>
 #include <vector>
 module cppvmm.guest_memory:file_mapping.impl;
 import :address;
+import :descriptor;
 import :error;
 import :evidence;
 import :extents;
@@ -35,8 +35,8 @@ RegionEvidence shared_anonymous_evidence(const void* host, std::uint64_t bytes, 
     char path[96];
     std::snprintf(path, sizeof path, "/proc/self/map_files/%llx-%llx", static_cast<unsigned long long>(mapping.start),
                   static_cast<unsigned long long>(mapping.end));
-    const int fd = open(path, O_RDONLY | O_CLOEXEC);
-    if (fd < 0) {
+    const Descriptor file(open(path, O_RDONLY | O_CLOEXEC));
+    if (!file.is_open()) {
       fail("open /proc/self/map_files", errno);
       return false;
     }
@@ -44,13 +44,12 @@ RegionEvidence shared_anonymous_evidence(const void* host, std::uint64_t bytes, 
     const std::uint64_t to = std::min<std::uint64_t>(start + bytes, mapping.end);
     struct stat status{};
     RegionEvidence part;
-    if (fstat(fd, &status) == 0 && status.st_ino == mapping.inode)
-      part = page_cache_evidence({.fd = fd,
+    if (fstat(file.number(), &status) == 0 && status.st_ino == mapping.inode)
+      part = page_cache_evidence({.fd = file.number(),
                                   .offset = mapping.offset + (from - mapping.start),
                                   .host = reinterpret_cast<const void*>(from),
                                   .bytes = to - from},
                                  FileChanges::any_time, source);
-    close(fd);
     result.unaccounted_pages += part.unaccounted_pages;
     if (part.kind == Evidence::none) {
       fail("survey of shared anonymous memory", 0);

@@ -18,8 +18,15 @@ struct CloseFile {
   void operator()(std::FILE* file) const { std::fclose(file); }
 };
 
-struct FreeLine {
-  void operator()(char* line) const { std::free(line); }
+/// What getline(3) reads into: it is freed whatever a visitor throws.
+struct LineBuffer {
+  LineBuffer() = default;
+  LineBuffer(const LineBuffer&) = delete;
+  LineBuffer& operator=(const LineBuffer&) = delete;
+  ~LineBuffer() { std::free(line); }
+
+  char* line = nullptr;
+  std::size_t capacity = 0;
 };
 
 /// Calls `visit` for each line, without its newline, until it returns false.
@@ -29,13 +36,11 @@ static MemoryResult<void> for_each_line(const char* path, const std::function<bo
   };
   const std::unique_ptr<std::FILE, CloseFile> file(std::fopen(path, "re"));
   if (!file) return failed("open /proc/self/smaps");
-  char* line = nullptr;
-  std::size_t capacity = 0;
+  LineBuffer buffer;
   errno = 0;
   bool more = true;
-  while (more && getline(&line, &capacity, file.get()) >= 0)
-    more = visit(line);
-  const std::unique_ptr<char, FreeLine> owner(line);
+  while (more && getline(&buffer.line, &buffer.capacity, file.get()) >= 0)
+    more = visit(buffer.line);
   if (std::ferror(file.get()) != 0) return failed("read /proc/self/smaps");
   return {};
 }

@@ -20,6 +20,7 @@ module;
 #include <utility>
 module cppvmm.guest_memory:region.impl;
 import :address;
+import :descriptor;
 import :discard;
 import :error;
 import :evidence;
@@ -39,7 +40,7 @@ struct Region::Mapping {
   // What to unmap: more than the memory itself, for it has guard pages around it. Null for adopted memory.
   void* reserved = nullptr;
   std::size_t reserved_bytes = 0;
-  int fd = -1;
+  Descriptor fd;
   std::uint64_t fd_offset = 0;
   std::optional<FileId> shared_file;
   // Pages that the accessors wrote while recording was on, one bit each. The bits stay until the mapping goes, so that
@@ -56,7 +57,6 @@ struct Region::Mapping {
   Mapping& operator=(const Mapping&) = delete;
   ~Mapping() {
     if (reserved != nullptr) munmap(reserved, reserved_bytes);
-    if (fd >= 0) close(fd);
     if (void* bits = recorded.load(std::memory_order_relaxed); bits != nullptr) munmap(bits, recorded_bytes());
   }
   [[nodiscard]] std::size_t recorded_words() const { return (pages.count() + 63) / 64; }
@@ -136,15 +136,15 @@ MemoryResult<Region> Region::memfd(GuestAddress start, std::uint64_t bytes, Regi
   mapping->pages = *pages;
   mapping->kind = kind;
   mapping->backing = Backing::memfd;
-  mapping->fd = memfd_create("cppvmm-guest", MFD_CLOEXEC | MFD_ALLOW_SEALING);
-  if (mapping->fd < 0) return refuse(MemoryErrc::os, start, bytes, "memfd_create", errno);
-  if (ftruncate(mapping->fd, static_cast<off_t>(bytes)) != 0)
+  mapping->fd = Descriptor(memfd_create("cppvmm-guest", MFD_CLOEXEC | MFD_ALLOW_SEALING));
+  if (!mapping->fd.is_open()) return refuse(MemoryErrc::os, start, bytes, "memfd_create", errno);
+  if (ftruncate(mapping->fd.number(), static_cast<off_t>(bytes)) != 0)
     return refuse(MemoryErrc::os, start, bytes, "ftruncate of a memfd", errno);
-  if (fcntl(mapping->fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) != 0)
+  if (fcntl(mapping->fd.number(), F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) != 0)
     return refuse(MemoryErrc::os, start, bytes, "F_ADD_SEALS on a memfd", errno);
-  mapping->shared_file = file_id(mapping->fd);
+  mapping->shared_file = file_id(mapping->fd.number());
   if (const int error = map_guarded(mapping->reserved, mapping->reserved_bytes, mapping->host, bytes, huge_alignment,
-                                    MAP_SHARED | MAP_NORESERVE, mapping->fd))
+                                    MAP_SHARED | MAP_NORESERVE, mapping->fd.number()))
     return refuse(MemoryErrc::os, start, bytes, "mmap of a memfd", error);
   return Region(std::move(mapping));
 }
@@ -193,15 +193,16 @@ MemoryResult<Region> Region::hugetlb_memfd(GuestAddress start, std::uint64_t byt
   mapping->kind = kind;
   mapping->backing = Backing::hugetlb_memfd;
   mapping->huge_page = unit;
-  mapping->fd = memfd_create("cppvmm-guest", MFD_CLOEXEC | MFD_ALLOW_SEALING | MFD_HUGETLB | huge_flag(page));
-  if (mapping->fd < 0) return refuse_huge(start, bytes, errno);
-  if (ftruncate(mapping->fd, static_cast<off_t>(bytes)) != 0)
+  mapping->fd =
+      Descriptor(memfd_create("cppvmm-guest", MFD_CLOEXEC | MFD_ALLOW_SEALING | MFD_HUGETLB | huge_flag(page)));
+  if (!mapping->fd.is_open()) return refuse_huge(start, bytes, errno);
+  if (ftruncate(mapping->fd.number(), static_cast<off_t>(bytes)) != 0)
     return refuse(MemoryErrc::os, start, bytes, "ftruncate of a hugetlb memfd", errno);
-  if (fcntl(mapping->fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) != 0)
+  if (fcntl(mapping->fd.number(), F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) != 0)
     return refuse(MemoryErrc::os, start, bytes, "F_ADD_SEALS on a hugetlb memfd", errno);
-  mapping->shared_file = file_id(mapping->fd);
-  if (const int error =
-          map_guarded(mapping->reserved, mapping->reserved_bytes, mapping->host, bytes, unit, MAP_SHARED, mapping->fd))
+  mapping->shared_file = file_id(mapping->fd.number());
+  if (const int error = map_guarded(mapping->reserved, mapping->reserved_bytes, mapping->host, bytes, unit, MAP_SHARED,
+                                    mapping->fd.number()))
     return refuse_huge(start, bytes, error);
   return Region(std::move(mapping));
 }
@@ -220,12 +221,13 @@ MemoryResult<Region> Region::private_file(GuestAddress start, std::uint64_t byte
   mapping->kind = kind;
   mapping->backing = Backing::private_file;
   mapping->fd_offset = offset;
-  mapping->fd = fcntl(fd, F_DUPFD_CLOEXEC, 0);
-  if (mapping->fd < 0) return refuse(MemoryErrc::os, start, bytes, "duplicate the snapshot's descriptor", errno);
+  mapping->fd = Descriptor(fcntl(fd, F_DUPFD_CLOEXEC, 0));
+  if (!mapping->fd.is_open()) return refuse(MemoryErrc::os, start, bytes, "duplicate the snapshot's descriptor", errno);
   // What is still only in the page cache could be missing among the file's extents.
-  if (fdatasync(mapping->fd) != 0) return refuse(MemoryErrc::os, start, bytes, "fdatasync of a snapshot", errno);
+  if (fdatasync(mapping->fd.number()) != 0)
+    return refuse(MemoryErrc::os, start, bytes, "fdatasync of a snapshot", errno);
   if (const int error = map_guarded(mapping->reserved, mapping->reserved_bytes, mapping->host, bytes, huge_alignment,
-                                    MAP_PRIVATE | MAP_NORESERVE, mapping->fd, offset))
+                                    MAP_PRIVATE | MAP_NORESERVE, mapping->fd.number(), offset))
     return refuse(MemoryErrc::os, start, bytes, "mmap of a snapshot", error);
   return Region(std::move(mapping));
 }
@@ -268,11 +270,11 @@ MemoryResult<Region> Region::adopt(GuestAddress start, const AdoptedMemory& memo
     // A descriptor of its own: seeking in the embedder's would move the file offset that the embedder may use.
     char path[64];
     std::snprintf(path, sizeof path, "/proc/self/fd/%d", memory.fd);
-    mapping->fd = open(path, O_RDONLY | O_CLOEXEC);
-    if (mapping->fd < 0)
+    mapping->fd = Descriptor(open(path, O_RDONLY | O_CLOEXEC));
+    if (!mapping->fd.is_open())
       return refuse(MemoryErrc::os, start, memory.bytes, "open of the adopted file through /proc/self/fd", errno);
-    if (memory.backing != Backing::private_file) mapping->shared_file = file_id(mapping->fd);
-    if (memory.backing == Backing::private_file && fdatasync(mapping->fd) != 0)
+    if (memory.backing != Backing::private_file) mapping->shared_file = file_id(mapping->fd.number());
+    if (memory.backing == Backing::private_file && fdatasync(mapping->fd.number()) != 0)
       return refuse(MemoryErrc::os, start, memory.bytes, "fdatasync of a snapshot", errno);
   }
   return Region(std::move(mapping));
@@ -305,7 +307,7 @@ RegionKind Region::kind() const { return mapping_->kind; }
 Backing Region::backing() const { return mapping_->backing; }
 bool Region::is_adopted() const { return mapping_->is_adopted; }
 void* Region::host_address() const { return mapping_->host; }
-int Region::file_descriptor() const { return mapping_->fd; }
+int Region::file_descriptor() const { return mapping_->fd.number(); }
 std::uint64_t Region::file_offset() const { return mapping_->fd_offset; }
 
 std::optional<Region::FileId> Region::shared_file_id() const { return mapping_->shared_file; }
@@ -393,7 +395,7 @@ MemoryResult<Discarded> Region::discard(PageRange range) const {
   if (kind() == RegionKind::rom) return refuse_range(MemoryErrc::read_only);
   if (backing() == Backing::unknown) return refuse_range(MemoryErrc::unavailable);
   const std::uint64_t offset = range.start_address().value() - start().value();
-  const DiscardTarget target{.memory = {.fd = mapping_->fd,
+  const DiscardTarget target{.memory = {.fd = mapping_->fd.number(),
                                         .offset = mapping_->fd_offset + offset,
                                         .host = static_cast<std::byte*>(mapping_->host) + offset,
                                         .bytes = range.bytes()},

@@ -11,6 +11,7 @@ module;
 #include <vector>
 module cppvmm.guest_memory:write_record;
 import :address;
+import :descriptor;
 import :error;
 import :extents;
 import :region;
@@ -39,10 +40,11 @@ public:
   void forget(PageRange pages) const;
 
 private:
-  WriteWatch(Region region, int descriptor) : region_(std::move(region)), descriptor_(descriptor), process_(getpid()) {}
+  WriteWatch(Region region, Descriptor descriptor)
+      : region_(std::move(region)), descriptor_(std::move(descriptor)), process_(getpid()) {}
 
   Region region_;
-  int descriptor_;
+  Descriptor descriptor_;
   bool is_registered_ = false;
   pid_t process_; // whose memory it is
   ExtentList baseline_;

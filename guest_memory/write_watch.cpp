@@ -14,6 +14,7 @@ module;
 #include <vector>
 module cppvmm.guest_memory:write_watch.impl;
 import :address;
+import :descriptor;
 import :error;
 import :evidence;
 import :extents;
@@ -55,10 +56,11 @@ static int protect(int descriptor, std::uint64_t start, std::uint64_t bytes,
 
 MemoryResult<std::unique_ptr<WriteWatch>> WriteWatch::arm(const Region& region, std::span<const Extent> pages) {
   // Asynchronous write protection has no handler: the kernel resolves its own faults too, and needs no privilege.
-  const auto descriptor = static_cast<int>(syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK | user_mode_only));
-  if (descriptor < 0)
+  Descriptor own(static_cast<int>(syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK | user_mode_only)));
+  if (!own.is_open())
     return refuse(errno == ENOSYS ? MemoryErrc::unavailable : MemoryErrc::os, region, "userfaultfd", errno);
-  std::unique_ptr<WriteWatch> watch(new WriteWatch(region, descriptor));
+  const int descriptor = own.number();
+  std::unique_ptr<WriteWatch> watch(new WriteWatch(region, std::move(own)));
   uffdio_api api{};
   api.api = UFFD_API;
   api.features = feature_wp_async | feature_wp_hugetlbfs_shmem;
@@ -85,9 +87,8 @@ WriteWatch::~WriteWatch() {
   // that is another's to watch or to fill must stay so: before Linux 6.17, any userfaultfd could unregister it.
   if (is_registered_ && getpid() == process_) {
     uffdio_range range{.start = reinterpret_cast<std::uintptr_t>(region_.host_address()), .len = region_.bytes()};
-    static_cast<void>(ioctl(descriptor_, UFFDIO_UNREGISTER, &range));
+    static_cast<void>(ioctl(descriptor_.number(), UFFDIO_UNREGISTER, &range));
   }
-  close(descriptor_);
 }
 
 void WriteWatch::forget(PageRange pages) const {
@@ -101,7 +102,7 @@ void WriteWatch::forget(PageRange pages) const {
     const std::uint64_t first = (from + unit - 1) / unit * unit;
     const std::uint64_t end = to / unit * unit;
     // What stays protected makes the answer smaller, no more.
-    if (first >= end || protect(descriptor_, first, end - first, 0) == 0) return;
+    if (first >= end || protect(descriptor_.number(), first, end - first, 0) == 0) return;
   }
 }
 
