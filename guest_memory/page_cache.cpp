@@ -4,10 +4,12 @@ module;
 #include <cerrno>
 #include <cstddef>
 #include <cstdint>
+#include <cstdio>
 #include <linux/magic.h>
 #include <optional>
 #include <sys/stat.h>
 #include <sys/syscall.h>
+#include <sys/utsname.h>
 #include <sys/vfs.h>
 #include <unistd.h>
 #include <utility>
@@ -27,6 +29,19 @@ import :survey;
 // - on kernels without it, by comparing the pages found with the blocks that the file has allocated.
 // Pages that were allocated by fallocate(2) and never written look the same as a page in migration; reading them
 // through the descriptor takes the page's lock, and so waits for a migration to end.
+//
+// All this is of use only where the descriptor's inode has the pages itself. On a file system that is stacked on
+// another one, such as overlayfs, the inode below has them, and this one's page cache is empty whatever happens. So
+// only file systems count of which it is known:
+// - tmpfs: there is nothing but slots in the page cache, of pages or of what is swapped out (mm/shmem.c).
+// - ext4 and XFS: SEEK_DATA goes by blocks (fs/iomap/seek.c). Those that are written, or reserved for data in the page
+//   cache (delayed allocation), are data. Of those that are allocated and not written, it looks at the page cache, and
+//   so overlooks pages in migration as above. Blocks become written before the pages' writeback ends (ext4_end_io_end
+//   in fs/ext4/page-io.c, xfs_end_ioend in fs/xfs/xfs_aops.c), and until then no page leaves the cache. So a page that
+//   holds data and has no slot has written blocks, from then on: blocks are looked at again after the slots. ext2 and
+//   ext3 have ext4's number; ext2's own driver calls all of a file data.
+// - XFS not before Linux 6.9: there SEEK_DATA skips data behind blocks reserved for copy-on-write (4b2f459d8625).
+// A file that nobody changes and that was synced has its data in written blocks, so that on a disk these tell all.
 
 namespace cppvmm {
 
@@ -48,6 +63,21 @@ struct SystemError {
   const char* operation;
   int os_error;
 };
+
+/// Where the data of a file is.
+enum class DataPlace : std::uint8_t {
+  memory,  ///< In the page cache of its inode.
+  disk,    ///< There until it is in blocks that SEEK_DATA calls data.
+  unknown, ///< Perhaps where nothing here looks.
+};
+
+static bool is_linux_since(unsigned major, unsigned minor) {
+  utsname name{};
+  unsigned have_major = 0;
+  unsigned have_minor = 0;
+  if (uname(&name) != 0 || std::sscanf(name.release, "%u.%u", &have_major, &have_minor) != 2) return false;
+  return have_major > major || (have_major == major && have_minor >= minor);
+}
 
 class FilePages {
 public:
@@ -105,10 +135,20 @@ public:
     return std::nullopt;
   }
 
-  /// Whether it is tmpfs, whose blocks are pages of memory. False when that cannot be told.
-  [[nodiscard]] bool is_in_memory() const {
+  /// By its file system.
+  [[nodiscard]] DataPlace data_place() const {
     struct statfs system{};
-    return fstatfs(fd_, &system) == 0 && system.f_type == TMPFS_MAGIC;
+    if (fstatfs(fd_, &system) != 0) return DataPlace::unknown;
+    switch (system.f_type) {
+    case TMPFS_MAGIC:
+      return DataPlace::memory;
+    case EXT4_SUPER_MAGIC:
+      return DataPlace::disk;
+    case XFS_SUPER_MAGIC:
+      return is_linux_since(6, 9) ? DataPlace::disk : DataPlace::unknown;
+    default:
+      return DataPlace::unknown;
+    }
   }
 
 private:
@@ -186,21 +226,34 @@ struct FileEvidence {
   std::uint64_t unaccounted = 0;
 };
 
-static std::optional<SystemError> confirm_by_cachestat(const FilePages& file, Extent range, FileEvidence& found) {
-  HoleCheck check(file);
+/// Calls `visit` for what `data` leaves of the range, ascending, until it fails.
+template <class Visit>
+static std::optional<SystemError> for_each_hole(Extent range, const ExtentList& data, Visit visit) {
   std::uint64_t at = range.first;
-  const auto confirm_until = [&](std::uint64_t end) { return check.confirm({at, end - at}); };
-  ExtentList& data = found.data.emplace_back();
-  if (auto error = file.add_data(range, data)) return error;
   for (const Extent& extent : data.extents()) {
     if (extent.first > at)
-      if (auto error = confirm_until(extent.first)) return error;
+      if (auto error = visit(Extent{at, extent.first - at})) return error;
     at = extent.end();
   }
-  if (range.end() > at)
-    if (auto error = confirm_until(range.end())) return error;
+  return range.end() > at ? visit(Extent{at, range.end() - at}) : std::nullopt;
+}
+
+static std::optional<SystemError> confirm_by_cachestat(const FilePages& file, DataPlace place, Extent range,
+                                                       FileEvidence& found) {
+  HoleCheck check(file);
+  ExtentList data;
+  if (auto error = file.add_data(range, data)) return error;
+  if (auto error = for_each_hole(range, data, [&](Extent hole) { return check.confirm(hole); })) return error;
+  ExtentList written_back;
+  if (place == DataPlace::disk) {
+    // What was in the page cache alone when the blocks were looked at, and had left it when its slots were counted.
+    const auto look_again = [&](Extent hole) { return file.add_data(hole, written_back); };
+    if (auto error = for_each_hole(range, data, look_again)) return error;
+  }
   found.unaccounted = check.unaccounted_pages();
+  found.data.push_back(std::move(data));
   found.data.push_back(check.take_data());
+  found.data.push_back(std::move(written_back));
   return std::nullopt;
 }
 
@@ -247,32 +300,38 @@ static std::optional<SystemError> confirm_by_blocks(const FileMapping& mapping, 
 
 RegionEvidence page_cache_evidence(const FileMapping& mapping, FileChanges changes, EvidenceSource source) {
   const FilePages file(mapping.fd);
+  const DataPlace place = file.data_place();
   const Extent range{mapping.offset / page_size, mapping.bytes / page_size};
   RegionEvidence result;
+  const auto fail = [&](MemoryErrc code, const SystemError& error) {
+    result.kind = Evidence::none;
+    result.error = MemoryError{.code = code,
+                               .address = reinterpret_cast<std::uintptr_t>(mapping.host),
+                               .length = mapping.bytes,
+                               .os_error = error.os_error,
+                               .operation = error.operation};
+    return result;
+  };
+  if (place == DataPlace::unknown)
+    return fail(MemoryErrc::unavailable, {"survey of a file on a file system that is not known to show its data", 0});
   FileEvidence found;
   std::optional<SystemError> error;
   std::uint64_t occupied = 0;
-  if (source == EvidenceSource::automatic && !file.occupied({range.first, 1}, occupied)) {
+  if (place == DataPlace::disk && changes == FileChanges::never) {
+    result.kind = Evidence::file_holes;
+    error = file.add_data(range, found.data.emplace_back());
+  } else if (source == EvidenceSource::automatic && !file.occupied({range.first, 1}, occupied)) {
     result.kind = Evidence::page_cache;
-    error = confirm_by_cachestat(file, range, found);
+    error = confirm_by_cachestat(file, place, range, found);
     result.unaccounted_pages = found.unaccounted;
-  } else if (file.is_in_memory()) {
+  } else if (place == DataPlace::memory) {
     error = confirm_by_blocks(mapping, file, range, source, found);
     result.unaccounted_pages = found.unaccounted;
     if (found.unaccounted == 0) result.kind = Evidence::page_cache_blocks;
-  } else if (changes == FileChanges::never) {
-    result.kind = Evidence::file_holes;
-    error = file.add_data(range, found.data.emplace_back());
+  } else {
+    return fail(MemoryErrc::unavailable, {"survey of a file that others may write, without cachestat", 0});
   }
-  if (error) {
-    result.kind = Evidence::none;
-    result.error = MemoryError{.code = MemoryErrc::os,
-                               .address = reinterpret_cast<std::uintptr_t>(mapping.host),
-                               .length = mapping.bytes,
-                               .os_error = error->os_error,
-                               .operation = error->operation};
-    return result;
-  }
+  if (error) return fail(MemoryErrc::os, *error);
   for (ExtentList& list : found.data) {
     list.shift_down(range.first);
     result.touched.push_back(std::move(list));
