@@ -7,6 +7,7 @@ module;
 #include <cstdio>
 #include <expected>
 #include <fcntl.h>
+#include <functional>
 #include <mutex>
 #include <optional>
 #include <sys/mman.h>
@@ -20,6 +21,7 @@ import :error;
 import :evidence;
 import :extents;
 import :page_set;
+import :proc_maps;
 import :region;
 import :survey;
 
@@ -90,15 +92,34 @@ static MemoryResult<Discarded> clear_by_file(const FileMapping& part) {
   return done;
 }
 
+/// Who may have part of it in hand.
+struct Holders {
+  bool any = false;   ///< A userfaultfd, in whatever mode.
+  bool fills = false; ///< One whose handler fills pages that are missing.
+};
+
+/// All that cannot be ruled out.
+static Holders holders_of(const FileMapping& part) {
+  Holders holders;
+  const auto walked =
+      for_each_mapping(reinterpret_cast<std::uintptr_t>(part.host), part.bytes, [&](const ProcMapping& mapping) {
+        holders.any = holders.any || mapping.is_held;
+        holders.fills = holders.fills || mapping.is_filled_on_demand;
+        return true;
+      });
+  return walked ? holders : Holders{.any = true, .fills = true};
+}
+
 /// What has no entry in this process's page tables, and so must be found otherwise.
-static MemoryResult<Discarded> clear_unmapped(const DiscardTarget& target) {
+static MemoryResult<Discarded> clear_unmapped(const DiscardTarget& target, bool is_filled_on_demand) {
   const FileMapping& part = target.memory;
-  if (part.fd >= 0) return clear_by_file(part);
-  if (target.backing == Backing::shared_anonymous) {
-    // Others may have written it, and there is no file to look into.
+  // What is missing would read what a handler brings. And of shared anonymous memory, which others may have written,
+  // there is no file to look into.
+  if (is_filled_on_demand || target.backing == Backing::shared_anonymous) {
     store_zeros(host_of(part), part.bytes);
     return Discarded{.cleared_pages = part.bytes / page_size};
   }
+  if (part.fd >= 0) return clear_by_file(part);
   return Discarded{.freed_pages = part.bytes / page_size};
 }
 
@@ -116,9 +137,14 @@ static MemoryResult<Discarded> clear(const DiscardTarget& target) {
   }
   Discarded done;
   std::uint64_t at = 0;
+  std::optional<bool> is_filled; // found out once for all gaps: a guest decides how many there are
   const auto clear_gap = [&](std::uint64_t end) -> MemoryResult<void> {
     if (end <= at) return {};
-    const auto gap = clear_unmapped(part_of(target, at * page_size, (end - at) * page_size));
+    // No handler fills files on disks.
+    if (!is_filled)
+      is_filled =
+          target.backing != Backing::private_file && target.backing != Backing::shared_file && holders_of(memory).fills;
+    const auto gap = clear_unmapped(part_of(target, at * page_size, (end - at) * page_size), *is_filled);
     if (!gap) return std::unexpected(gap.error());
     done = sum(done, *gap);
     return {};
@@ -146,12 +172,13 @@ static int punch_hole(int fd, const FileMapping& part) {
   return 0;
 }
 
-/// MADV_REMOVE refuses locked memory, which a hole punched through a descriptor does not mind.
+/// MADV_REMOVE tells a userfaultfd that holds the memory, whose handler would bring back what it was before; and it
+/// refuses locked memory. A hole that is punched through a descriptor does neither.
 static int remove_from_file(const DiscardTarget& target) {
   const FileMapping& part = target.memory;
-  if (target.is_fd_writable && punch_hole(part.fd, part) == 0) return 0;
   const int refused = advise(part, MADV_REMOVE);
-  if (refused == 0 || target.is_fd_writable || part.fd < 0) return refused;
+  if (refused == 0 || part.fd < 0 || holders_of(part).any) return refused;
+  if (target.is_fd_writable) return punch_hole(part.fd, part);
   char path[64];
   std::snprintf(path, sizeof path, "/proc/self/fd/%d", part.fd);
   const Descriptor writable(open(path, O_RDWR | O_CLOEXEC));

@@ -82,10 +82,12 @@ MemoryResult<void> for_each_mapping(std::uint64_t start, std::uint64_t bytes,
     const std::string_view text(line);
     unsigned long long kib = 0;
     if (overlaps && std::sscanf(line, "KernelPageSize: %llu kB", &kib) == 1) current.page_bytes = kib * 1024;
-    // The last line of a mapping's record. um is VM_UFFD_MISSING, ui VM_UFFD_MINOR (Linux fs/proc/task_mmu.c).
+    // The last line of a mapping's record. um is VM_UFFD_MISSING, ui VM_UFFD_MINOR, uw VM_UFFD_WP (Linux
+    // fs/proc/task_mmu.c).
     if (!overlaps || !text.starts_with("VmFlags:")) return true;
-    current.is_filled_on_demand =
-        text.find(" um") != std::string_view::npos || text.find(" ui") != std::string_view::npos;
+    const auto has = [&](std::string_view flag) { return text.find(flag) != std::string_view::npos; };
+    current.is_filled_on_demand = has(" um") || has(" ui");
+    current.is_held = current.is_filled_on_demand || has(" uw");
     return visit(current);
   });
 }

@@ -23,6 +23,8 @@ struct ProcMapping {
   std::uint64_t page_bytes = 0; ///< KernelPageSize: of a hugetlb mapping, its huge pages.
   /// Registered with a userfaultfd for missing pages or minor faults: someone has yet to fill it.
   bool is_filled_on_demand = false;
+  /// Registered with a userfaultfd at all: someone may want to be told what becomes of it.
+  bool is_held = false;
 };
 
 /// Calls `visit` for each mapping that overlaps [start, start + bytes), ascending, until it returns false.

@@ -133,8 +133,9 @@ public:
   /// Gives the host memory of the pages back; they read zero until someone writes them, and the next survey reports
   /// them. For a balloon that inflates, and for a reset. By kind:
   /// - anonymous: MADV_DONTNEED (MADV_DONTNEED_LOCKED where it is locked; before Linux 5.18 that is cleared);
-  /// - memfd, shared_anonymous, shared_file: a hole in the file, and so for all who share it. Locked memory whose file
-  ///   cannot be opened for writing is cleared, and so are files that are sealed or whose file system has no holes;
+  /// - memfd, shared_anonymous, shared_file: a hole in the file, and so for all who share it. Locked memory that a
+  ///   userfaultfd holds, or whose file cannot be opened for writing, is cleared, and so are files that are sealed or
+  ///   whose file system has no holes;
   /// - hugetlb, hugetlb_memfd: whole huge pages are given back to the host's pool, where others may take them: a later
   ///   access that finds the pool empty is a SIGBUS. Parts of a huge page are cleared, if it is there at all;
   /// - private_file: the pages are replaced by anonymous private memory, adopted ones too (readable, writable, and
@@ -145,11 +146,15 @@ public:
   /// Fails with not_backed (a page is not in the region), read_only (ROM), unavailable (unknown backing), and has then
   /// done nothing; or with os, and may then have discarded some. Nobody should write the pages meanwhile, as their
   /// content would be lost or not; a device that writes behind the kernel's back (pinned memory) must not, for its
-  /// writes would go to memory that the guest no longer has. Memory that a userfaultfd handler fills when it is missing
-  /// reads what the handler puts there.
+  /// writes would go to memory that the guest no longer has.
   ///
-  /// One or two system calls; where pages are cleared, time in proportion to them. No bookkeeping is behind it: an
-  /// embedder may discard on its own (madvise, fallocate) with the same result.
+  /// A userfaultfd that holds the memory here is told (UFFD_EVENT_REMOVE, if it asked for that), and the call waits
+  /// until it has read so: its handler must not wait for this call, nor for what waits for it (GuestMemory::discard).
+  /// The pages read what the handler brings from then on. One that holds the memory in another process is not told.
+  ///
+  /// One or two system calls; where pages are cleared, time in proportion to them; and where shared memory is locked,
+  /// as long as it takes to read /proc/self/smaps. No bookkeeping is behind it: an embedder may discard on its own (by
+  /// madvise) with the same result.
   [[nodiscard]] MemoryResult<Discarded> discard(PageRange pages) const;
 
   /// Has the host allocate all of the region now (MADV_POPULATE_WRITE, Linux 5.14), so that no access faults later.
