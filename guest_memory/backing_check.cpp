@@ -74,11 +74,9 @@ MemoryResult<void> check_backing(const FileMapping& mapped, Backing backing, Reg
   }
 
   const bool is_private = backing == Backing::private_file;
-  std::uint64_t checked = start;
   bool fits = true;
   auto walked = for_each_mapping(start, mapped.bytes, [&](const ProcMapping& mapping) {
-    fits = mapping.start <= checked && mapping.is_readable && (mapping.is_writable || kind == RegionKind::rom);
-    checked = mapping.end;
+    fits = mapping.is_readable && (mapping.is_writable || kind == RegionKind::rom);
     if (backing == Backing::unknown) return fits;
     fits = fits && !mapping.is_filled_on_demand;
     if (!has_file(backing))
@@ -91,7 +89,7 @@ MemoryResult<void> check_backing(const FileMapping& mapped, Backing backing, Reg
     return fits;
   });
   if (!walked) return std::unexpected(walked.error());
-  if (!fits || checked < start + mapped.bytes) return refuse(MemoryErrc::wrong_nature, "compare with /proc/self/smaps");
+  if (!fits) return refuse(MemoryErrc::wrong_nature, "compare with /proc/self/smaps");
   return {};
 }
 

@@ -30,7 +30,16 @@ RegionEvidence shared_anonymous_evidence(const void* host, std::uint64_t bytes, 
     result.error = MemoryError{
         .code = MemoryErrc::os, .address = start, .length = bytes, .os_error = os_error, .operation = operation};
   };
+  std::uint64_t listed = start;
   auto walked = for_each_mapping(start, bytes, [&](const ProcMapping& mapping) {
+    const std::uint64_t from = std::max<std::uint64_t>(start, mapping.start);
+    const std::uint64_t to = std::min<std::uint64_t>(start + bytes, mapping.end);
+    // One that is listed twice has changed meanwhile, and so may have the file behind it.
+    if (from != listed) {
+      fail("list the mappings of shared anonymous memory once each", 0);
+      return false;
+    }
+    listed = to;
     // Only this directory leads to the file behind the mapping, and only for a privileged process.
     char path[96];
     std::snprintf(path, sizeof path, "/proc/self/map_files/%llx-%llx", static_cast<unsigned long long>(mapping.start),
@@ -40,8 +49,6 @@ RegionEvidence shared_anonymous_evidence(const void* host, std::uint64_t bytes, 
       fail("open /proc/self/map_files", errno);
       return false;
     }
-    const std::uint64_t from = std::max<std::uint64_t>(start, mapping.start);
-    const std::uint64_t to = std::min<std::uint64_t>(start + bytes, mapping.end);
     struct stat status{};
     RegionEvidence part;
     if (fstat(file.number(), &status) == 0 && status.st_ino == mapping.inode)
@@ -63,7 +70,10 @@ RegionEvidence shared_anonymous_evidence(const void* host, std::uint64_t bytes, 
     }
     return true;
   });
-  if (!walked) fail(walked.error().operation, walked.error().os_error);
+  if (!walked) {
+    result.kind = Evidence::none;
+    result.error = walked.error();
+  }
   return result;
 }
 
@@ -72,7 +82,8 @@ static MemoryResult<std::vector<Extent>> anonymous_parts(const FileMapping& memo
   const auto start = reinterpret_cast<std::uintptr_t>(memory.host);
   const std::uint64_t end = start + memory.bytes;
   std::vector<Extent> parts;
-  // Mappings that change while they are listed can overlap, and the first and last can reach beyond the memory.
+  // Mappings that change while they are listed can overlap, and the first and last can reach beyond the memory. A page
+  // that is listed twice counts as what it was first, for it was that after the listing began.
   std::uint64_t listed = start;
   auto walked = for_each_mapping(start, memory.bytes, [&](const ProcMapping& mapping) {
     const std::uint64_t from = std::max(listed, mapping.start);

@@ -1,4 +1,5 @@
 module;
+#include <algorithm>
 #include <cerrno>
 #include <cstdint>
 #include <cstdio>
@@ -41,7 +42,8 @@ static MemoryResult<void> for_each_line(const char* path, const std::function<bo
   bool more = true;
   while (more && getline(&buffer.line, &buffer.capacity, file.get()) >= 0)
     more = visit(buffer.line);
-  if (std::ferror(file.get()) != 0) return failed("read /proc/self/smaps");
+  // Without memory for a line, getline(3) ends as at the end of the file, and without an error of the file's.
+  if (more && std::feof(file.get()) == 0) return failed("read /proc/self/smaps");
   return {};
 }
 
@@ -68,16 +70,43 @@ static bool parse(const char* line, ProcMapping& mapping) {
   return true;
 }
 
+/// Whether mappings that are listed in ascending order leave out nothing of the memory.
+class Coverage {
+public:
+  Coverage(std::uint64_t start, std::uint64_t bytes) : start_(start), end_(start + bytes), covered_(start) {}
+
+  [[nodiscard]] bool overlaps(const ProcMapping& mapping) const { return mapping.start < end_ && mapping.end > start_; }
+  [[nodiscard]] bool is_behind(const ProcMapping& mapping) const { return mapping.start >= end_; }
+  /// Of one that overlaps.
+  void add(const ProcMapping& mapping) {
+    if (mapping.start <= covered_) covered_ = std::max(covered_, mapping.end);
+  }
+  [[nodiscard]] MemoryResult<void> check() const {
+    if (covered_ >= end_) return {};
+    return std::unexpected(MemoryError{.code = MemoryErrc::wrong_nature,
+                                       .address = start_,
+                                       .length = end_ - start_,
+                                       .operation = "list all of the memory by /proc/self/smaps"});
+  }
+
+private:
+  std::uint64_t start_;
+  std::uint64_t end_;
+  std::uint64_t covered_;
+};
+
 MemoryResult<void> for_each_mapping(std::uint64_t start, std::uint64_t bytes,
                                     const std::function<bool(const ProcMapping&)>& visit) {
   ProcMapping current;
+  Coverage coverage(start, bytes);
   bool overlaps = false;
-  return for_each_line("/proc/self/smaps", [&](const char* line) {
+  bool wants_more = true;
+  auto done = for_each_line("/proc/self/smaps", [&](const char* line) {
     ProcMapping mapping;
     if (parse(line, mapping)) {
-      overlaps = mapping.start < start + bytes && mapping.end > start;
+      overlaps = coverage.overlaps(mapping);
       current = mapping;
-      return mapping.start < start + bytes;
+      return !coverage.is_behind(mapping);
     }
     const std::string_view text(line);
     unsigned long long kib = 0;
@@ -88,21 +117,26 @@ MemoryResult<void> for_each_mapping(std::uint64_t start, std::uint64_t bytes,
     const auto has = [&](std::string_view flag) { return text.find(flag) != std::string_view::npos; };
     current.is_filled_on_demand = has(" um") || has(" ui");
     current.is_held = current.is_filled_on_demand || has(" uw");
-    return visit(current);
+    coverage.add(current);
+    wants_more = visit(current);
+    return wants_more;
   });
+  return done && wants_more ? coverage.check() : done;
 }
 
 MemoryResult<std::uint64_t> sum_smaps(std::uint64_t start, std::uint64_t bytes,
                                       const std::function<bool(std::string_view)>& wanted) {
   std::uint64_t sum = 0;
+  Coverage coverage(start, bytes);
   bool overlaps = false;
   bool reaches_beyond = false;
   auto done = for_each_line("/proc/self/smaps", [&](const char* line) {
     ProcMapping mapping;
     if (parse(line, mapping)) {
-      overlaps = mapping.start < start + bytes && mapping.end > start;
+      overlaps = coverage.overlaps(mapping);
+      if (overlaps) coverage.add(mapping);
       if (overlaps && (mapping.start < start || mapping.end > start + bytes)) reaches_beyond = true;
-      return mapping.start < start + bytes && !reaches_beyond;
+      return !coverage.is_behind(mapping) && !reaches_beyond;
     }
     char name[64];
     unsigned long long kib = 0;
@@ -115,6 +149,7 @@ MemoryResult<std::uint64_t> sum_smaps(std::uint64_t start, std::uint64_t bytes,
                                        .address = start,
                                        .length = bytes,
                                        .operation = "sum of /proc/self/smaps for a part of a mapping"});
+  if (auto all = coverage.check(); !all) return std::unexpected(all.error());
   return sum;
 }
 

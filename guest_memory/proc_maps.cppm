@@ -27,12 +27,14 @@ struct ProcMapping {
   bool is_held = false;
 };
 
-/// Calls `visit` for each mapping that overlaps [start, start + bytes), ascending, until it returns false.
+/// Calls `visit` for each mapping that overlaps [start, start + bytes), ascending, until it returns false. The file is
+/// read in parts, and mappings that change meanwhile can be listed twice, or not at all: wrong_nature when those that
+/// were visited, unless `visit` ended it, leave anything out.
 [[nodiscard]] MemoryResult<void> for_each_mapping(std::uint64_t start, std::uint64_t bytes,
                                                   const std::function<bool(const ProcMapping&)>& visit);
 
 /// The sum, in bytes, of the /proc/self/smaps fields whose name `wanted` accepts, over the mappings that overlap
-/// [start, start + bytes); unavailable when one of them reaches beyond.
+/// [start, start + bytes); unavailable when one of them reaches beyond, wrong_nature when they leave anything out.
 [[nodiscard]] MemoryResult<std::uint64_t> sum_smaps(std::uint64_t start, std::uint64_t bytes,
                                                     const std::function<bool(std::string_view)>& wanted);
 

@@ -1,3 +1,4 @@
+#include <atomic>
 #include <barrier>
 #include <cerrno>
 #include <cstddef>
@@ -250,6 +251,43 @@ TEST(SharedAnonymous, IsSurveyedThroughItsHiddenFile) {
     }
   }
   munmap(host, 4 * mib);
+}
+
+// Whatever happens to the mappings while they are listed: what is not in the list is not known.
+TEST(SharedAnonymous, CountsWhereItIsGoneWhileMappingsAreListed) {
+  if (!test::machine_facts().map_files) GTEST_SKIP() << "/proc/self/map_files needs privileges";
+  constexpr std::uint64_t half = mib;
+  const auto map = [](void* at, std::uint64_t bytes, int flags) {
+    return static_cast<char*>(mmap(at, bytes, PROT_READ | PROT_WRITE, flags | MAP_ANONYMOUS, -1, 0));
+  };
+  // Two mappings, of a file each, and room to move the second one to. Who else maps memory meanwhile takes the higher
+  // of two gaps, and so not the one that the second leaves.
+  constexpr std::uint64_t space = 512 * mib;
+  char* const host = map(nullptr, 2 * space, MAP_PRIVATE | MAP_NORESERVE);
+  ASSERT_NE(host, MAP_FAILED);
+  ASSERT_EQ(munmap(host + space, space), 0);
+  ASSERT_NE(map(host, half, MAP_SHARED | MAP_FIXED), MAP_FAILED);
+  ASSERT_NE(map(host + half, half, MAP_SHARED | MAP_FIXED), MAP_FAILED);
+  for (std::uint64_t page = 0; page < half / page_size; ++page)
+    static_cast<volatile char*>(host + half)[page * page_size] = 1;
+  const auto region = Region::adopt(GuestAddress(0), {host, 2 * half, Backing::shared_anonymous});
+  ASSERT_TRUE(region) << region.error().message();
+  const GuestMemory memory(*MemoryMap::make({*region}));
+  std::atomic<bool> stop = false;
+  std::jthread mover([&] {
+    const auto move = [&](char* from, char* to) {
+      return mremap(from, half, half, MREMAP_MAYMOVE | MREMAP_FIXED, to) != MAP_FAILED;
+    };
+    while (!stop)
+      if (!move(host + half, host + 3 * half) || !move(host + 3 * half, host + half)) ADD_FAILURE() << errno;
+  });
+  int unsound = 0;
+  for (int i = 0; i < 5000; ++i)
+    if (memory.survey().zeroed.intersects(pages(half / page_size, half / page_size))) ++unsound;
+  stop = true;
+  mover.join();
+  EXPECT_EQ(unsound, 0);
+  munmap(host, space);
 }
 
 TEST(Userfaultfd, MemoryThatAHandlerFillsIsNeverReported) {
