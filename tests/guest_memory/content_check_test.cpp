@@ -272,8 +272,7 @@ protected:
     ASSERT_EQ(ftruncate(fd, bytes), 0);
     facts = test::file_facts(fd);
     ASSERT_TRUE(facts.can_be_made);
-    if (!facts.named_by_fstat)
-      GTEST_SKIP() << "fstat and /proc/self/maps name this file differently (overlayfs, btrfs)";
+    if (!facts.tell_the_truth()) GTEST_SKIP() << "nothing can be proven of files here";
     // Data that nobody reads, and zeros that were written.
     for (off_t page = 16; page < 32; ++page) {
       const char value = page < 24 ? 1 : 0;

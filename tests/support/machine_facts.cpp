@@ -389,6 +389,24 @@ MachineFacts find_facts() {
   return facts;
 }
 
+/// By the number of a file system.
+bool pages_are_known(long type) {
+  utsname kernel{};
+  unsigned major_number = 0;
+  unsigned minor_number = 0;
+  switch (type) {
+  case TMPFS_MAGIC:
+  case EXT4_SUPER_MAGIC:
+    return true;
+  case XFS_SUPER_MAGIC:
+    // NOLINTNEXTLINE(cert-err34-c): the kernel's own words
+    return uname(&kernel) == 0 && std::sscanf(kernel.release, "%u.%u", &major_number, &minor_number) == 2 &&
+           (major_number > 6 || (major_number == 6 && minor_number >= 9));
+  default:
+    return false;
+  }
+}
+
 /// Whether /proc/self/maps names the file as fstat does.
 bool is_named_by_fstat(int file, const struct stat& status) {
   const Mapping mapping(page, MAP_SHARED, file);
@@ -431,6 +449,7 @@ FileFacts file_facts(int file) {
   constexpr off_t somewhere = 1 << 19;
   if (!empty() || pwrite(file, "x", 1, somewhere) != 1 || fsync(file) != 0) return facts;
   facts.in_memory = system.f_type == TMPFS_MAGIC;
+  facts.pages_are_known = pages_are_known(system.f_type);
   facts.block_bytes = static_cast<std::uint64_t>(status.st_blksize);
   const off_t hole = lseek(file, 0, SEEK_HOLE);
   const off_t data = lseek(file, 0, SEEK_DATA);

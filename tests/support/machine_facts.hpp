@@ -13,13 +13,14 @@ struct FileFacts {
   bool can_be_made = false;      ///< At all; else nothing is known of the rest.
   bool named_by_fstat = false;   ///< fstat and /proc/self/maps name a file the same.
   bool in_memory = false;        ///< They are of tmpfs.
+  bool pages_are_known = false;  ///< Of a file system whose page cache counts: tmpfs, ext4, XFS since Linux 6.9.
   bool reads_make_data = false;  ///< Who reads a hole makes a page of the file, which is data from then on.
   bool tell_holes = false;       ///< SEEK_HOLE and SEEK_DATA do.
   std::uint64_t data_bytes = 0;  ///< What is data around one written byte, by SEEK_DATA.
   std::uint64_t block_bytes = 0; ///< st_blksize.
 
   /// Whether a survey can go by what they say of themselves.
-  [[nodiscard]] bool tell_the_truth() const { return can_be_made && named_by_fstat && tell_holes; }
+  [[nodiscard]] bool tell_the_truth() const { return can_be_made && named_by_fstat && tell_holes && pages_are_known; }
 };
 
 /// The pool of huge pages of one size.

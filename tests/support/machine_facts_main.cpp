@@ -51,7 +51,8 @@ std::string words(const FileFacts& files) {
   return std::string(files.in_memory ? "in memory" : "on a disk") + ", holes told: " + yes_or_no(files.tell_holes) +
          ", a read makes data: " + yes_or_no(files.reads_make_data) + ", a byte makes " +
          std::to_string(files.data_bytes) + " of data, blocks of " + std::to_string(files.block_bytes) +
-         ", named as in maps: " + yes_or_no(files.named_by_fstat);
+         ", named as in maps: " + yes_or_no(files.named_by_fstat) +
+         ", pages known: " + yes_or_no(files.pages_are_known);
 }
 
 } // namespace
