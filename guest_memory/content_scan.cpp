@@ -37,7 +37,9 @@ import :zero_scan;
 //   error where a load would be met with SIGBUS. Swapped-out pages are not in the page cache.
 // - Of hugetlb files, which are never swapped and of which mincore looks at own page tables only, all other pages are
 //   read with pread.
-// - Shared anonymous memory has no descriptor: what is in the page cache is read through the mapping.
+// - Shared anonymous memory has no descriptor: what is in the page cache is read through the mapping, but for pages
+// that
+//   have an entry which is not present. They may be broken, and mincore calls those resident.
 // - Of files on disks no other page is read, cached or not: it can make the kernel read ahead.
 //
 // Results go to a bitmap, a bit for each page found zero, because a guest decides how scattered they are. Threads take
@@ -242,7 +244,9 @@ private:
     }
     const ReadPlan resident = others_ == OtherPages::by_mapping ? ReadPlan::by_mapping : ReadPlan::by_descriptor;
     for (std::uint64_t i = 0; i < count; ++i)
-      if (worker.plan[i] == ReadPlan::absent && (worker.resident[i] & 1) != 0) worker.plan[i] = resident;
+      if (worker.plan[i] == ReadPlan::absent && (worker.resident[i] & 1) != 0 &&
+          (resident == ReadPlan::by_descriptor || (worker.entries[i] & pagemap_swapped) == 0))
+        worker.plan[i] = resident;
   }
 
   bool read_entries(ContentWorker& worker, std::uint64_t page, std::uint64_t count) const {

@@ -29,6 +29,7 @@ namespace cppvmm {
 
 // include/uapi/asm-generic/mman-common.h (Linux 5.18), which the headers of older distributions lack.
 constexpr int advice_dontneed_locked = 24;
+static constexpr int advice_populate = 23; // MADV_POPULATE_WRITE, Linux 5.14
 
 static std::unexpected<MemoryError> refuse(const FileMapping& part, const char* operation, int os_error,
                                            MemoryErrc code = MemoryErrc::os) {
@@ -66,6 +67,21 @@ static void store_zeros(std::byte* host, std::uint64_t bytes) {
     __atomic_store_n(words + i, Word{0}, __ATOMIC_RELAXED);
 }
 
+static int advise(const FileMapping& part, int advice) {
+  while (madvise(host_of(part), part.bytes, advice) != 0)
+    if (errno != EINTR) return errno;
+  return 0;
+}
+
+/// Stores zeros, unless a page of it was lost to a memory error, for which a store would be a SIGBUS.
+static MemoryResult<void> clear_pages(const FileMapping& part) {
+  // Whatever else it refuses, and kernels that do not know it, leave the store as it would have been.
+  if (advise(part, advice_populate) == EHWPOISON)
+    return refuse(part, "clear memory that was lost to a memory error", EHWPOISON);
+  store_zeros(host_of(part), part.bytes);
+  return {};
+}
+
 /// Clears the pages for which the file has other bytes than zeros, and touches no others.
 static MemoryResult<Discarded> clear_by_file(const FileMapping& part) {
   alignas(8) std::array<std::uint64_t, 65536 / sizeof(std::uint64_t)> buffer;
@@ -83,7 +99,8 @@ static MemoryResult<Discarded> clear_by_file(const FileMapping& part) {
       if (std::all_of(first, first + words_per_page, [](std::uint64_t word) { return word == 0; })) {
         ++done.freed_pages;
       } else {
-        store_zeros(host_of(part) + at + page * page_size, page_size);
+        if (auto cleared = clear_pages(part_of(part, at + page * page_size, page_size)); !cleared)
+          return std::unexpected(cleared.error());
         ++done.cleared_pages;
       }
     }
@@ -110,15 +127,17 @@ static Holders holders_of(const FileMapping& part) {
   return walked ? holders : Holders{.any = true, .fills = true};
 }
 
+static MemoryResult<Discarded> clear_all(const FileMapping& part) {
+  if (auto cleared = clear_pages(part); !cleared) return std::unexpected(cleared.error());
+  return Discarded{.cleared_pages = part.bytes / page_size};
+}
+
 /// What has no entry in this process's page tables, and so must be found otherwise.
 static MemoryResult<Discarded> clear_unmapped(const DiscardTarget& target, bool is_filled_on_demand) {
   const FileMapping& part = target.memory;
   // What is missing would read what a handler brings. And of shared anonymous memory, which others may have written,
   // there is no file to look into.
-  if (is_filled_on_demand || target.backing == Backing::shared_anonymous) {
-    store_zeros(host_of(part), part.bytes);
-    return Discarded{.cleared_pages = part.bytes / page_size};
-  }
+  if (is_filled_on_demand || target.backing == Backing::shared_anonymous) return clear_all(part);
   if (part.fd >= 0) return clear_by_file(part);
   return Discarded{.freed_pages = part.bytes / page_size};
 }
@@ -131,10 +150,7 @@ static MemoryResult<Discarded> clear(const DiscardTarget& target) {
       is_hugetlb(target.backing)
           ? hugetlb_evidence(memory.host, memory.bytes, EvidenceSource::automatic)
           : page_table_evidence(memory.host, memory.bytes, PageEntries::all, EvidenceSource::automatic);
-  if (mapped.kind == Evidence::none || mapped.touched.size() != 1) {
-    store_zeros(host_of(memory), memory.bytes);
-    return Discarded{.cleared_pages = memory.bytes / page_size};
-  }
+  if (mapped.kind == Evidence::none || mapped.touched.size() != 1) return clear_all(memory);
   Discarded done;
   std::uint64_t at = 0;
   std::optional<bool> is_filled; // found out once for all gaps: a guest decides how many there are
@@ -151,18 +167,13 @@ static MemoryResult<Discarded> clear(const DiscardTarget& target) {
   };
   for (const Extent& extent : mapped.touched.front().extents()) {
     if (auto gap = clear_gap(extent.first); !gap) return std::unexpected(gap.error());
-    store_zeros(host_of(memory) + extent.first * page_size, extent.count * page_size);
-    done.cleared_pages += extent.count;
+    const auto cleared = clear_all(part_of(memory, extent.first * page_size, extent.count * page_size));
+    if (!cleared) return cleared;
+    done = sum(done, *cleared);
     at = extent.end();
   }
   if (auto gap = clear_gap(memory.bytes / page_size); !gap) return std::unexpected(gap.error());
   return done;
-}
-
-static int advise(const FileMapping& part, int advice) {
-  while (madvise(host_of(part), part.bytes, advice) != 0)
-    if (errno != EINTR) return errno;
-  return 0;
 }
 
 static int punch_hole(int fd, const FileMapping& part) {
@@ -185,10 +196,21 @@ static int remove_from_file(const DiscardTarget& target) {
   return writable.is_open() ? punch_hole(writable.number(), part) : refused;
 }
 
-/// Of private anonymous memory, huge pages or not.
-static int drop_private(const FileMapping& part) {
+/// Of this process: private memory is gone then, shared memory stays where it is.
+static int drop_mapped(const FileMapping& part) {
   const int error = advise(part, MADV_DONTNEED);
   return error == EINVAL ? advise(part, advice_dontneed_locked) : error;
+}
+
+/// A hole takes the pages out of the file, and their entries out of the page tables, but for the entries of pages that
+/// were lost to a memory error: an access there is a SIGBUS for as long as they stay. What has an entry all the same
+/// loses it, and is looked up in the file at the next access.
+static int drop_entries(const FileMapping& part) {
+  const RegionEvidence left = page_table_evidence(part.host, part.bytes, PageEntries::all, EvidenceSource::automatic);
+  const bool is_empty = left.kind != Evidence::none && std::ranges::all_of(left.touched, [](const ExtentList& list) {
+                          return list.extents().empty();
+                        });
+  return is_empty ? 0 : drop_mapped(part);
 }
 
 /// Whether the call does not do this here, so that clearing is left; not that there is no memory at all.
@@ -199,7 +221,8 @@ static bool is_refusal(int error) {
 
 static MemoryResult<Discarded> discard_whole(const DiscardTarget& target) {
   const bool is_private = target.backing == Backing::anonymous || target.backing == Backing::hugetlb;
-  const int error = is_private ? drop_private(target.memory) : remove_from_file(target);
+  int error = is_private ? drop_mapped(target.memory) : remove_from_file(target);
+  if (error == 0 && !is_private) error = drop_entries(target.memory);
   if (error == 0) return Discarded{.freed_pages = target.memory.bytes / page_size};
   if (is_refusal(error)) return clear(target);
   return refuse(target.memory, is_private ? "MADV_DONTNEED" : "MADV_REMOVE", error);

@@ -144,9 +144,9 @@ public:
   ///   mappings that a process may have.
   ///
   /// Fails with not_backed (a page is not in the region), read_only (ROM), unavailable (unknown backing), and has then
-  /// done nothing; or with os, and may then have discarded some. Nobody should write the pages meanwhile, as their
-  /// content would be lost or not; a device that writes behind the kernel's back (pinned memory) must not, for its
-  /// writes would go to memory that the guest no longer has.
+  /// done nothing; or with os (EHWPOISON: a page to clear was lost to a memory error), and may then have discarded
+  /// some. Nobody should write the pages meanwhile, as their content would be lost or not; a device that writes behind
+  /// the kernel's back (pinned memory) must not, for its writes would go to memory that the guest no longer has.
   ///
   /// A userfaultfd that holds the memory here is told (UFFD_EVENT_REMOVE, if it asked for that), and the call waits
   /// until it has read so: its handler must not wait for this call, nor for what waits for it (GuestMemory::discard).
