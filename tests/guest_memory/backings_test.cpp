@@ -156,13 +156,13 @@ protected:
     const off_t data = lseek(fd, 0, SEEK_DATA);
     ASSERT_GT(data, 0);
     data_first = static_cast<std::uint64_t>(data) / page_size;
-    data_end = static_cast<std::uint64_t>(lseek(fd, data, SEEK_HOLE)) / page_size;
+    data_end = (static_cast<std::uint64_t>(lseek(fd, data, SEEK_HOLE)) + page_size - 1) / page_size;
   }
   void TearDown() override { close(fd); }
 
   int fd = -1;
   test::FileFacts facts;
-  std::uint64_t data_first = 0; // the file system's blocks may be larger than a page
+  std::uint64_t data_first = 0; // the file system's blocks may be larger than a page, or smaller
   std::uint64_t data_end = 0;
 };
 
