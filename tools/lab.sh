@@ -84,7 +84,7 @@ kernel='' preset=release host='' get='' wants_update='' label='kvm|kernel'
 versions=() options=() includes=() chosen=()
 while (($# > 0)); do
   case $1 in
-    --kernel | --memory | --cpus | --timeout | --include | --fetch | --preset | --label | --ctest)
+    --kernel | --memory | --cpus | --numa | --timeout | --include | --fetch | --preset | --label | --ctest)
       (($# > 1)) || die "$1 needs a value"
       case $1 in
         --kernel) kernel=$2 ;;

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# machine.sh --kernel FOLDER [--memory 3G] [--cpus 1] [--timeout 600] [--include PATH[:DEST]]... [--fetch PATH:FILE]...
-#   [--stdin] -- PROGRAM [ARG...]
+# machine.sh --kernel FOLDER [--memory 3G] [--cpus 1] [--numa 1] [--timeout 600] [--include PATH[:DEST]]...
+#   [--fetch PATH:FILE]... [--stdin] -- PROGRAM [ARG...]
 #
 # Runs PROGRAM as root in an emulated machine: QEMU's software CPU with AMD's SVM and nested paging, and the kernel of
 # FOLDER (see kernel.sh), whose KVM then runs guests on that CPU. Standard output and error come out here as they are,
@@ -12,6 +12,7 @@
 # each --include (a file or a folder) are in the machine at /NAME, or /DEST, with the shared libraries they need.
 # What PROGRAM leaves at the PATH of a --fetch comes to FILE here, if it is there. Its standard input is empty, or, with
 # --stdin, what comes in here; then a machine that stopped is not tried again.
+# --numa N has that many NUMA nodes: each has an equal part of the memory, and a CPU of its own at least.
 # PROGRAM starts in /tmp. All files are a tmpfs's; /proc, /sys, /dev, /dev/shm and the control groups are mounted; there
 # is no network.
 # LAB_CONSOLE names a file for what the machine's kernel says; LAB_PROCESSOR which of the processors the machine takes,
@@ -23,19 +24,20 @@ fail() {
   exit 126
 }
 
-kernel='' memory=3G cpus=1 limit=600 includes=() fetches=() input=''
+kernel='' memory=3G cpus=1 nodes=1 limit=600 includes=() fetches=() input=''
 while (($# > 0)); do
   case $1 in
     --stdin)
       input=yes
       shift
       ;;
-    --kernel | --memory | --cpus | --timeout | --include | --fetch)
+    --kernel | --memory | --cpus | --numa | --timeout | --include | --fetch)
       (($# > 1)) || fail "$1 needs a value"
       case $1 in
         --kernel) kernel=$2 ;;
         --memory) memory=$2 ;;
         --cpus) cpus=$2 ;;
+        --numa) nodes=$2 ;;
         --timeout) limit=$2 ;;
         --include) includes+=("$2") ;;
         --fetch) fetches+=("$2") ;;
@@ -52,6 +54,8 @@ done
 (($# > 0)) || fail "no program given"
 [[ $memory =~ ^[0-9]+[MG]$ ]] || fail "--memory: $memory is not a size such as 3G"
 [[ $cpus =~ ^[1-9][0-9]*$ ]] || fail "--cpus: $cpus is not a number"
+[[ $nodes =~ ^[1-9]$ ]] || fail "--numa: $nodes is not a number of nodes"
+if ((cpus < nodes)); then cpus=$nodes; fi
 [[ $limit =~ ^(0|[1-9][0-9]*)$ ]] || fail "--timeout: $limit is not a number of seconds"
 [[ -e $kernel/vmlinuz ]] || fail "no kernel in '$kernel'"
 for tool in qemu-system-x86_64 cpio taskset; do
@@ -222,6 +226,18 @@ processor() {
   echo "${processors[${LAB_PROCESSOR:-RANDOM} % ${#processors[@]}]}"
 }
 
+# What QEMU is told of the nodes; nothing for one.
+numa=()
+if ((nodes > 1)); then
+  mib=${memory%[MG]}
+  if [[ $memory == *G ]]; then mib=$((mib * 1024)); fi
+  ((mib % nodes == 0)) || fail "--memory: $memory is not made of $nodes equal parts"
+  for ((node = 0; node < nodes; node++)); do
+    numa+=(-object "memory-backend-ram,id=node$node,size=$((mib / nodes))M")
+    numa+=(-numa "node,nodeid=$node,memdev=node$node,cpus=$((cpus * node / nodes))-$((cpus * (node + 1) / nodes - 1))")
+  done
+fi
+
 # run_machine: one run from power on to off; the status of `timeout`.
 run_machine() {
   local status=0 out err keys readers=() devices=()
@@ -253,7 +269,7 @@ run_machine() {
   # waits for ever, idle (QEMU 7.2, do_vmexit; 2 of some 50 boots of Linux guests).
   # A panic ends the machine, by a restart that QEMU does not make.
   timeout --foreground "$limit" taskset --cpu-list "$(processor)" qemu-system-x86_64 \
-    -accel tcg,thread=single -cpu EPYC,+svm,+npt -smp "$cpus" -m "$memory" \
+    -accel tcg,thread=single -cpu EPYC,+svm,+npt -smp "$cpus" -m "$memory" "${numa[@]}" \
     -kernel "$kernel/vmlinuz" -initrd "$work/initramfs" -append 'console=ttyS0 quiet panic=-1 mitigations=off' \
     -display none -monitor none -nic none -no-reboot -serial "file:$work/console" \
     -chardev "file,id=out,path=$work/out" -chardev "file,id=err,path=$work/err" \
