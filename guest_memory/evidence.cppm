@@ -68,11 +68,19 @@ enum class PageEntries : std::uint8_t {
 /// the memory is not watched as a whole.
 [[nodiscard]] MemoryResult<ExtentList> written_pages(const void* host, std::uint64_t bytes);
 
-/// Of private hugetlb memory: the same by huge page.
+/// Of memory of huge pages that is registered for asynchronous write protection: all pages but those that were seen,
+/// with the page table's lock held, to have no entry; an error (EPERM) where it is not registered as a whole.
+[[nodiscard]] MemoryResult<ExtentList> locked_entries(const void* host, std::uint64_t bytes);
+
+/// Of private hugetlb memory: what has an entry in this process's page tables, by huge page. (Of shared memory too, but
+/// there it proves nothing.)
 [[nodiscard]] RegionEvidence hugetlb_evidence(const void* host, std::uint64_t bytes, EvidenceSource source);
 
-/// Of shared hugetlb memory: as many pages are mapped here as the file has allocated, or nothing is known.
-[[nodiscard]] RegionEvidence hugetlb_file_evidence(const FileMapping& mapping, EvidenceSource source);
+/// The same for kernels before 6.7: as many huge pages as the kernel counts for the process, or nothing is known.
+[[nodiscard]] RegionEvidence hugetlb_count_evidence(const void* host, std::uint64_t bytes);
+
+/// Of shared hugetlb memory: what the page cache has, whoever wrote it. All of these are mapped here afterwards.
+[[nodiscard]] RegionEvidence hugetlb_file_evidence(const FileMapping& mapping);
 
 /// Whether a file is written while its memory is surveyed.
 enum class FileChanges : std::uint8_t { any_time, never };

@@ -48,6 +48,8 @@ constexpr std::uint64_t page_is_file = 1 << 2;
 constexpr std::uint64_t page_is_present = 1 << 3;
 constexpr std::uint64_t page_is_swapped = 1 << 4;
 constexpr std::uint64_t page_is_pfnzero = 1 << 5;
+constexpr std::uint64_t page_is_huge = 1 << 6;
+constexpr std::uint64_t scan_wp_matching = 1 << 0;
 constexpr std::uint64_t scan_check_wp_async = 1 << 1; // EPERM where memory is not watched
 
 static RegionEvidence no_evidence(const char* operation, std::uint64_t host, std::uint64_t bytes, int os_error) {
@@ -56,6 +58,28 @@ static RegionEvidence no_evidence(const char* operation, std::uint64_t host, std
       .code = MemoryErrc::os, .address = host, .length = bytes, .os_error = os_error, .operation = operation};
   return result;
 }
+
+/// /proc/self/pagemap. Opened for each look: the descriptor stays tied to the address space that opened it, and this
+/// process may be a fork of the one that opened an earlier one.
+class Pagemap {
+public:
+  Pagemap() : descriptor_(open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC)), error_(errno) {}
+  Pagemap(const Pagemap&) = delete;
+  Pagemap& operator=(const Pagemap&) = delete;
+  ~Pagemap() {
+    if (is_open()) close(descriptor_);
+  }
+
+  [[nodiscard]] bool is_open() const { return descriptor_ >= 0; }
+  [[nodiscard]] int descriptor() const { return descriptor_; }
+  [[nodiscard]] RegionEvidence refusal(std::uint64_t host, std::uint64_t bytes) const {
+    return no_evidence("open /proc/self/pagemap", host, bytes, error_);
+  }
+
+private:
+  int descriptor_;
+  int error_;
+};
 
 /// What a scan looks for: page is a match if its categories, those of `inverted` turned over, hold all of `all_of` and
 /// one of `any_of`.
@@ -118,8 +142,8 @@ static RegionEvidence scan(int pagemap, std::uint64_t host, std::uint64_t bytes,
 
 MemoryResult<ExtentList> written_pages(const void* host, std::uint64_t bytes) {
   const auto start = reinterpret_cast<std::uintptr_t>(host);
-  const int pagemap = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
-  if (pagemap < 0) return std::unexpected(*no_evidence("open /proc/self/pagemap", start, bytes, errno).error);
+  const Pagemap pagemap;
+  if (!pagemap.is_open()) return std::unexpected(*pagemap.refusal(start, bytes).error);
   // Asked for what is unwritten, not for what is written: of shared memory, the entry of a page that was written can be
   // gone, while one that was not keeps its protection (as a marker, which counts as swapped).
   const ScanFor unwritten{.inverted = page_is_written,
@@ -128,14 +152,58 @@ MemoryResult<ExtentList> written_pages(const void* host, std::uint64_t bytes) {
                           .flags = scan_check_wp_async};
   ExtentList written;
   std::uint64_t at = 0;
-  const auto error = scan_pages(pagemap, start, bytes, unwritten, [&](Extent extent) {
+  const auto error = scan_pages(pagemap.descriptor(), start, bytes, unwritten, [&](Extent extent) {
     if (extent.first > at) written.add({at, extent.first - at});
     at = std::max(at, extent.end());
   });
-  close(pagemap);
   if (error) return std::unexpected(*error);
   if (const std::uint64_t end = bytes / page_size; at < end) written.add({at, end - at});
   return written;
+}
+
+/// The same of a part whose page tables are all there.
+static std::optional<MemoryError> scan_locked(int pagemap, std::uint64_t host, Extent part, ExtentList& occupied) {
+  // What is asked for is what has no entry, so that no page matches that could be protected.
+  constexpr std::uint64_t any_entry = page_is_present | page_is_swapped;
+  const ScanFor absent{.inverted = any_entry, .all_of = any_entry, .flags = scan_wp_matching | scan_check_wp_async};
+  // Each call has KVM drop what it maps there, and guests wait until it is done.
+  constexpr std::uint64_t at_a_time = std::uint64_t{1} << 22;
+  std::uint64_t at = part.first;
+  for (std::uint64_t first = part.first; first < part.end(); first += at_a_time) {
+    const std::uint64_t count = std::min(at_a_time, part.end() - first);
+    const auto error = scan_pages(pagemap, host + first * page_size, count * page_size, absent, [&](Extent extent) {
+      extent.first += first;
+      if (extent.first > at) occupied.add({at, extent.first - at});
+      at = std::max(at, extent.end());
+    });
+    if (error) return error;
+  }
+  if (at < part.end()) occupied.add({at, part.end() - at});
+  return std::nullopt;
+}
+
+MemoryResult<ExtentList> locked_entries(const void* host, std::uint64_t bytes) {
+  const auto start = reinterpret_cast<std::uintptr_t>(host);
+  const Pagemap pagemap;
+  if (!pagemap.is_open()) return std::unexpected(*pagemap.refusal(start, bytes).error);
+  // Where there is no page table, a scan that takes locks would take one twice and wait for itself for ever. Nothing
+  // needs to be locked there: a page table comes with the first page, and stays as long as the mapping.
+  const ScanFor without_table{.inverted = page_is_huge, .all_of = page_is_huge, .flags = scan_check_wp_async};
+  std::vector<Extent> holes;
+  auto error =
+      scan_pages(pagemap.descriptor(), start, bytes, without_table, [&](Extent extent) { holes.push_back(extent); });
+  ExtentList occupied;
+  std::uint64_t at = 0;
+  const auto scan_until = [&](std::uint64_t end) {
+    if (!error && end > at) error = scan_locked(pagemap.descriptor(), start, {at, end - at}, occupied);
+  };
+  for (const Extent& hole : holes) {
+    scan_until(hole.first);
+    at = hole.end();
+  }
+  scan_until(bytes / page_size);
+  if (error) return std::unexpected(*error);
+  return occupied;
 }
 
 static RegionEvidence read_entries(int pagemap, std::uint64_t host, std::uint64_t bytes, PageEntries counted) {
@@ -162,15 +230,12 @@ static RegionEvidence read_entries(int pagemap, std::uint64_t host, std::uint64_
 
 RegionEvidence page_table_evidence(const void* host, std::uint64_t bytes, PageEntries entries, EvidenceSource source) {
   const auto start = reinterpret_cast<std::uintptr_t>(host);
-  // Opened for each survey: the descriptor stays tied to the address space that opened it, and this process may be a
-  // fork of the one that opened an earlier one.
-  const int pagemap = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
-  if (pagemap < 0) return no_evidence("open /proc/self/pagemap", start, bytes, errno);
+  const Pagemap pagemap;
+  if (!pagemap.is_open()) return pagemap.refusal(start, bytes);
   RegionEvidence result;
-  if (source == EvidenceSource::automatic) result = scan(pagemap, start, bytes, entries);
+  if (source == EvidenceSource::automatic) result = scan(pagemap.descriptor(), start, bytes, entries);
   // A kernel without the ioctl says ENOTTY, a sandbox something else.
-  if (result.kind == Evidence::none) result = read_entries(pagemap, start, bytes, entries);
-  close(pagemap);
+  if (result.kind == Evidence::none) result = read_entries(pagemap.descriptor(), start, bytes, entries);
   return result;
 }
 

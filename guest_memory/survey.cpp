@@ -34,14 +34,14 @@ const char* to_string(Evidence evidence) {
     return "page_tables_scan";
   case Evidence::page_tables_read:
     return "page_tables_read";
-  case Evidence::page_residency:
-    return "page_residency";
+  case Evidence::huge_page_count:
+    return "huge_page_count";
   case Evidence::page_cache:
     return "page_cache";
   case Evidence::page_cache_blocks:
     return "page_cache_blocks";
-  case Evidence::mapped_blocks:
-    return "mapped_blocks";
+  case Evidence::page_cache_lookup:
+    return "page_cache_lookup";
   case Evidence::file_holes:
     return "file_holes";
   }
@@ -92,7 +92,7 @@ static RegionEvidence evidence_of_backing(const FileMapping& memory, Backing bac
   case Backing::hugetlb:
     return hugetlb_evidence(memory.host, memory.bytes, source);
   case Backing::hugetlb_memfd:
-    return hugetlb_file_evidence(memory, source);
+    return hugetlb_file_evidence(memory);
   case Backing::private_file:
     return private_file_evidence(memory, source);
   case Backing::unknown:

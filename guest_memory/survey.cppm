@@ -19,10 +19,10 @@ export enum class Evidence : std::uint8_t {
   none,              ///< Nothing that proves a page untouched: all of it counts as touched.
   page_tables_scan,  ///< This process's page tables, through the PAGEMAP_SCAN ioctl (Linux 6.7).
   page_tables_read,  ///< The same by reading /proc/self/pagemap: cannot tell a page that was only read from data.
-  page_residency,    ///< The same of huge pages, through mincore(2).
+  huge_page_count,   ///< The same of huge pages: as many as the kernel counts for the process (HugetlbPages).
   page_cache,        ///< SEEK_DATA and SEEK_HOLE, every hole confirmed by cachestat(2) (Linux 6.5).
   page_cache_blocks, ///< SEEK_DATA, SEEK_HOLE and own page tables, confirmed by the file's count of allocated blocks.
-  mapped_blocks,     ///< Own page tables, which have as many pages as the hugetlb file has allocated.
+  page_cache_lookup, ///< The page cache of a hugetlb file, asked for each of its pages (UFFDIO_CONTINUE).
   file_holes,        ///< Holes of a file that does not change, without a private copy in own page tables.
 };
 

@@ -6,6 +6,7 @@ module;
 #include <fcntl.h>
 #include <linux/userfaultfd.h>
 #include <memory>
+#include <mutex>
 #include <span>
 #include <sys/ioctl.h>
 #include <sys/syscall.h>
@@ -19,15 +20,10 @@ import :error;
 import :evidence;
 import :extents;
 import :region;
+import :userfault;
 import :write_record;
 
 namespace cppvmm {
-
-// include/uapi/linux/userfaultfd.h (Linux 6.7), which the headers of older distributions lack. A kernel without it
-// refuses the handshake.
-constexpr std::uint64_t feature_wp_async = 1 << 15;
-constexpr std::uint64_t feature_wp_hugetlbfs_shmem = 1 << 12;
-constexpr int user_mode_only = 1; // UFFD_USER_MODE_ONLY
 
 static std::unexpected<MemoryError> refuse(MemoryErrc code, const Region& region, const char* operation, int os_error) {
   return std::unexpected(MemoryError{.code = code,
@@ -56,14 +52,14 @@ static int protect(int descriptor, std::uint64_t start, std::uint64_t bytes,
 
 MemoryResult<std::unique_ptr<WriteWatch>> WriteWatch::arm(const Region& region, std::span<const Extent> pages) {
   // Asynchronous write protection has no handler: the kernel resolves its own faults too, and needs no privilege.
-  Descriptor own(static_cast<int>(syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK | user_mode_only)));
+  Descriptor own(static_cast<int>(syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK | userfault_user_mode_only)));
   if (!own.is_open())
     return refuse(errno == ENOSYS ? MemoryErrc::unavailable : MemoryErrc::os, region, "userfaultfd", errno);
   const int descriptor = own.number();
   std::unique_ptr<WriteWatch> watch(new WriteWatch(region, std::move(own)));
   uffdio_api api{};
   api.api = UFFD_API;
-  api.features = feature_wp_async | feature_wp_hugetlbfs_shmem;
+  api.features = userfault_wp_async | userfault_wp_hugetlbfs_shmem;
   if (ioctl(descriptor, UFFDIO_API, &api) != 0)
     return refuse(errno == EINVAL ? MemoryErrc::unavailable : MemoryErrc::os, region,
                   "asynchronous write protection by userfaultfd (Linux 6.7)", errno);
@@ -71,9 +67,14 @@ MemoryResult<std::unique_ptr<WriteWatch>> WriteWatch::arm(const Region& region, 
   uffdio_register request{};
   request.range = {.start = start, .len = region.bytes()};
   request.mode = UFFDIO_REGISTER_MODE_WP;
-  if (ioctl(descriptor, UFFDIO_REGISTER, &request) != 0)
-    return refuse(errno == EBUSY ? MemoryErrc::invalid_argument : MemoryErrc::os, region,
-                  "UFFDIO_REGISTER of memory to watch", errno);
+  const int refused = [&] {
+    // A survey may have it registered just now.
+    const auto turn = userfault_turn();
+    return ioctl(descriptor, UFFDIO_REGISTER, &request) == 0 ? 0 : errno;
+  }();
+  if (refused != 0)
+    return refuse(refused == EBUSY ? MemoryErrc::invalid_argument : MemoryErrc::os, region,
+                  "UFFDIO_REGISTER of memory to watch", refused);
   watch->is_registered_ = true;
   for (const Extent& extent : pages)
     if (const int error = protect(descriptor, start + extent.first * page_size, extent.count * page_size))

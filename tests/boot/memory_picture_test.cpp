@@ -265,7 +265,7 @@ TEST(MemoryPicture, IsOfBoundedSizeHoweverManyRangesThereAre) {
 
 TEST(MemoryPicture, TextsDoNotOverlapAndAreNotClipped) {
   for (auto [name, picture] : pictures()) {
-    picture.evidence = {"page_tables_scan", "page_cache_blocks", "mapped_blocks", "file_holes", "none"};
+    picture.evidence = {"page_tables_scan", "page_cache_blocks", "page_cache_lookup", "file_holes", "none"};
     picture.survey_us = 123456;
     picture.audit = Picture::Audit{.unsound_pages = 123456789, .missed_zero_pages = 123456789};
     const std::string svg = to_svg(picture);

@@ -1,0 +1,276 @@
+module;
+#include <algorithm>
+#include <array>
+#include <cerrno>
+#include <cstddef>
+#include <cstdint>
+#include <cstdio>
+#include <expected>
+#include <fcntl.h>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <string>
+#include <sys/mman.h>
+#include <sys/uio.h>
+#include <unistd.h>
+#include <utility>
+#include <vector>
+module cppvmm.guest_memory:hugetlb_count.impl;
+import :address;
+import :error;
+import :evidence;
+import :extents;
+import :proc_maps;
+import :survey;
+import :userfault;
+
+// Kernels before 6.7 show the entries of huge pages without the page table's lock only, and for a moment of a migration
+// or a copy on write there is none. But they count the process's huge pages, with that lock held: if as many are found
+// as there are, there is no other. That takes:
+// - All huge pages of the process are looked at, for the count is of all.
+// - None goes away meanwhile, for another could take its place in the count: discards wait, unmapped memory is noticed.
+// - None is found before it is counted: what is found is read once through the kernel, which takes the lock that the
+//   fault held until it had counted the page, before the count is looked at.
+
+namespace cppvmm {
+
+/// A private mapping of huge pages.
+struct HugeMapping {
+  std::uint64_t start = 0;
+  std::uint64_t page_bytes = 0;
+  std::vector<bool> found; ///< Of its huge pages: seen to be present.
+
+  [[nodiscard]] std::uint64_t bytes() const { return found.size() * page_bytes; }
+  [[nodiscard]] std::uint64_t end() const { return start + bytes(); }
+};
+
+/// The region, of which the address and the size are known alone.
+struct HugeRegion {
+  std::uint64_t start = 0;
+  std::uint64_t bytes = 0;
+
+  [[nodiscard]] bool overlaps(std::uint64_t first, std::uint64_t end) const {
+    return first < start + bytes && start < end;
+  }
+};
+
+struct HugeMappings {
+  std::vector<HugeMapping> of_process;
+  bool has_shared_part = false; ///< The region has.
+};
+
+static MemoryResult<HugeMappings> private_huge_mappings(const HugeRegion& region) {
+  HugeMappings mappings;
+  auto walked = for_each_mapping(0, UINT64_MAX, [&](const ProcMapping& mapping) {
+    if (!mapping.is_private && region.overlaps(mapping.start, mapping.end)) mappings.has_shared_part = true;
+    if (mapping.is_private && mapping.path == "/anon_hugepage (deleted)" && mapping.page_bytes > page_size)
+      mappings.of_process.push_back({.start = mapping.start,
+                                     .page_bytes = mapping.page_bytes,
+                                     .found = std::vector<bool>((mapping.end - mapping.start) / mapping.page_bytes)});
+    return true;
+  });
+  if (!walked) return std::unexpected(walked.error());
+  return mappings;
+}
+
+/// An opened file of /proc/self.
+class SelfFile {
+public:
+  explicit SelfFile(const char* path) : descriptor_(open(path, O_RDONLY | O_CLOEXEC)) {}
+  SelfFile(const SelfFile&) = delete;
+  SelfFile& operator=(const SelfFile&) = delete;
+  ~SelfFile() {
+    if (is_open()) close(descriptor_);
+  }
+
+  [[nodiscard]] bool is_open() const { return descriptor_ >= 0; }
+  [[nodiscard]] int descriptor() const { return descriptor_; }
+
+private:
+  int descriptor_;
+};
+
+/// The bytes of all huge pages of the process.
+static std::optional<std::uint64_t> counted_bytes() {
+  // Not of the process, whose first thread may have ended.
+  const SelfFile file("/proc/thread-self/status");
+  if (!file.is_open()) return std::nullopt;
+  std::string text;
+  std::array<char, 4096> buffer;
+  for (;;) {
+    const ssize_t got = read(file.descriptor(), buffer.data(), buffer.size());
+    if (got < 0 && errno == EINTR) continue;
+    if (got < 0) return std::nullopt;
+    if (got == 0) break;
+    text.append(buffer.data(), static_cast<std::size_t>(got));
+  }
+  const std::size_t line = text.find("\nHugetlbPages:");
+  unsigned long long kib = 0;
+  if (line == std::string::npos || std::sscanf(text.c_str() + line, "\nHugetlbPages: %llu kB", &kib) != 1)
+    return std::nullopt;
+  return kib * 1024;
+}
+
+/// Reads a byte of each page by the kernel's way to the pages of a process, which waits for migrations to end and takes
+/// the page table's lock. All of them are there, so that none is allocated for it.
+class HugePageReader {
+public:
+  /// False if one cannot be read; errno says why.
+  [[nodiscard]] bool add(std::uint64_t address) {
+    pages_[count_++] = {.iov_base = reinterpret_cast<void*>(address), .iov_len = 1};
+    return count_ < pages_.size() || read_all();
+  }
+  [[nodiscard]] bool read_all() {
+    if (count_ == 0) return true;
+    std::array<std::byte, at_a_time> bytes;
+    const iovec here{.iov_base = bytes.data(), .iov_len = count_};
+    const ssize_t got = process_vm_readv(getpid(), &here, 1, pages_.data(), count_, 0);
+    const bool is_whole = got == static_cast<ssize_t>(count_);
+    if (got >= 0 && !is_whole) errno = EFAULT;
+    count_ = 0;
+    return is_whole;
+  }
+
+private:
+  static constexpr std::size_t at_a_time = 512;
+  std::array<iovec, at_a_time> pages_;
+  std::size_t count_ = 0;
+};
+
+/// Whether all found pages can be read.
+static bool read_found(const std::vector<HugeMapping>& mappings) {
+  HugePageReader reader;
+  for (const HugeMapping& mapping : mappings)
+    for (std::size_t i = 0; i < mapping.found.size(); ++i)
+      if (mapping.found[i] && !reader.add(mapping.start + i * mapping.page_bytes)) return false;
+  return reader.read_all();
+}
+
+/// Looks once for pages that were not found so far, and reads them; false if that fails, and errno says why.
+static bool find_more(int pagemap, std::vector<HugeMapping>& mappings) {
+  HugePageReader reader;
+  for (HugeMapping& mapping : mappings) {
+    for (std::size_t i = 0; i < mapping.found.size(); ++i) {
+      if (mapping.found[i]) continue;
+      const std::uint64_t address = mapping.start + i * mapping.page_bytes;
+      std::uint64_t entry = 0;
+      ssize_t got = 0;
+      do {
+        got = pread(pagemap, &entry, sizeof entry, static_cast<off_t>(address / page_size * sizeof entry));
+      } while (got < 0 && errno == EINTR);
+      if (got < 0) return false;
+      if (got != static_cast<ssize_t>(sizeof entry)) {
+        errno = EIO;
+        return false;
+      }
+      if ((entry & pagemap_present) == 0) continue;
+      mapping.found[i] = true;
+      if (!reader.add(address)) return false;
+    }
+  }
+  return reader.read_all();
+}
+
+static std::uint64_t found_bytes(const std::vector<HugeMapping>& mappings) {
+  std::uint64_t bytes = 0;
+  for (const HugeMapping& mapping : mappings)
+    bytes += static_cast<std::uint64_t>(std::ranges::count(mapping.found, true)) * mapping.page_bytes;
+  return bytes;
+}
+
+/// Adds the found pages of the region, and what has an entry of another kind, a broken page's for example: 0, or errno.
+static int add_found(const HugeMapping& mapping, const HugeRegion& region, ExtentList& touched) {
+  for (std::size_t i = 0; i < mapping.found.size(); ++i) {
+    const std::uint64_t address = mapping.start + i * mapping.page_bytes;
+    const std::uint64_t first = std::max(address, region.start);
+    const std::uint64_t end = std::min(address + mapping.page_bytes, region.start + region.bytes);
+    if (first >= end) continue;
+    unsigned char is_resident = 0;
+    if (!mapping.found[i] && mincore(reinterpret_cast<void*>(first), page_size, &is_resident) != 0) return errno;
+    if (mapping.found[i] || (is_resident & 1) != 0)
+      touched.add({(first - region.start) / page_size, (end - first) / page_size});
+  }
+  return 0;
+}
+
+static RegionEvidence failed(const HugeRegion& region, const char* operation, int number) {
+  RegionEvidence result;
+  result.error = MemoryError{.code = number == 0 ? MemoryErrc::unavailable : MemoryErrc::os,
+                             .address = region.start,
+                             .length = region.bytes,
+                             .os_error = number,
+                             .operation = operation};
+  return result;
+}
+
+/// Of shared memory: what has an entry, as far as can be seen. Nothing is proven by it.
+static RegionEvidence mapped_evidence(const HugeRegion& region) {
+  RegionEvidence result;
+  result.kind = Evidence::huge_page_count;
+  ExtentList& touched = result.touched.emplace_back();
+  const std::uint64_t pages = region.bytes / page_size;
+  std::vector<unsigned char> resident(std::min<std::uint64_t>(pages, 1 << 18));
+  for (std::uint64_t page = 0; page < pages;) {
+    const std::uint64_t count = std::min<std::uint64_t>(resident.size(), pages - page);
+    auto* const at = reinterpret_cast<void*>(region.start + page * page_size);
+    if (mincore(at, count * page_size, resident.data()) != 0) return failed(region, "mincore", errno);
+    for (std::uint64_t i = 0; i < count; ++i)
+      if ((resident[i] & 1) != 0) touched.add({page + i, 1});
+    page += count;
+  }
+  return result;
+}
+
+RegionEvidence hugetlb_count_evidence(const void* host, std::uint64_t bytes) {
+  const HugeRegion region{reinterpret_cast<std::uintptr_t>(host), bytes};
+  auto mappings = private_huge_mappings(region);
+  if (!mappings) return failed(region, "read /proc/self/smaps", mappings.error().os_error);
+  if (mappings->has_shared_part) return mapped_evidence(region);
+  auto userfault = Userfault::open(UserfaultUse::held_discards);
+  if (!userfault) return failed(region, userfault.error().operation, userfault.error().os_error);
+  std::vector<HugeMapping> held;
+  for (HugeMapping& mapping : mappings->of_process) {
+    const int refused = userfault->add(mapping.start, mapping.bytes());
+    if (refused != 0 && region.overlaps(mapping.start, mapping.end()))
+      return failed(region, "UFFDIO_REGISTER of huge pages to survey", refused);
+    // The pages of one that cannot be registered are not found, and so the count does not fit.
+    if (refused == 0) held.push_back(std::move(mapping));
+  }
+
+  const SelfFile pagemap("/proc/self/pagemap");
+  if (!pagemap.is_open()) return failed(region, "open /proc/self/pagemap", errno);
+  constexpr int passes = 16;
+  std::uint64_t found = 0;
+  std::optional<std::uint64_t> counted;
+  for (int pass = 0; pass < passes && counted != found; ++pass) {
+    if (!find_more(pagemap.descriptor(), held)) return failed(region, "a look at huge pages in page tables", errno);
+    found = found_bytes(held);
+    counted = counted_bytes();
+    if (!counted) return failed(region, "HugetlbPages in /proc/thread-self/status", 0);
+  }
+  if (counted != found) {
+    RegionEvidence result = failed(region, "find as many huge pages as the process has", 0);
+    result.unaccounted_pages = std::max<std::uint64_t>(1, *counted > found ? (*counted - found) / page_size : 0);
+    return result;
+  }
+  // They were there all the time, if they are now.
+  if (!read_found(held)) return failed(region, "process_vm_readv of huge pages", errno);
+  const bool is_held = std::ranges::all_of(
+      held, [&](const HugeMapping& mapping) { return userfault->holds(mapping.start, mapping.bytes()); });
+  if (!is_held) return failed(region, "huge pages that were unmapped meanwhile", 0);
+
+  RegionEvidence result;
+  result.kind = Evidence::huge_page_count;
+  ExtentList& touched = result.touched.emplace_back();
+  std::uint64_t covered = 0;
+  for (const HugeMapping& mapping : held) {
+    if (!region.overlaps(mapping.start, mapping.end())) continue;
+    covered += std::min(mapping.end(), region.start + bytes) - std::max(mapping.start, region.start);
+    if (const int error = add_found(mapping, region, touched)) return failed(region, "mincore of huge pages", error);
+  }
+  if (covered != bytes) return failed(region, "private huge pages of which some are not mapped", 0);
+  return result;
+}
+
+} // namespace cppvmm
