@@ -62,7 +62,7 @@ struct HugeMappings {
 
 static MemoryResult<HugeMappings> private_huge_mappings(const HugeRegion& region) {
   HugeMappings mappings;
-  auto walked = for_each_mapping(0, UINT64_MAX, [&](const ProcMapping& mapping) {
+  auto walked = for_each_mapping_of_process([&](const ProcMapping& mapping) {
     if (!mapping.is_private && region.overlaps(mapping.start, mapping.end)) mappings.has_shared_part = true;
     if (mapping.is_private && mapping.path == "/anon_hugepage (deleted)" && mapping.page_bytes > page_size)
       mappings.of_process.push_back({.start = mapping.start,

@@ -95,33 +95,48 @@ private:
   std::uint64_t covered_;
 };
 
-MemoryResult<void> for_each_mapping(std::uint64_t start, std::uint64_t bytes,
-                                    const std::function<bool(const ProcMapping&)>& visit) {
+using MappingTest = std::function<bool(const ProcMapping&)>;
+
+/// Calls `visit` for each mapping that is `wanted`, until it returns false or one `is_behind` what is looked for.
+static MemoryResult<void> walk(const MappingTest& wanted, const MappingTest& is_behind, const MappingTest& visit) {
   ProcMapping current;
-  Coverage coverage(start, bytes);
-  bool overlaps = false;
-  bool wants_more = true;
-  auto done = for_each_line("/proc/self/smaps", [&](const char* line) {
+  bool is_wanted = false;
+  return for_each_line("/proc/self/smaps", [&](const char* line) {
     ProcMapping mapping;
     if (parse(line, mapping)) {
-      overlaps = coverage.overlaps(mapping);
+      is_wanted = wanted(mapping);
       current = mapping;
-      return !coverage.is_behind(mapping);
+      return !is_behind(mapping);
     }
     const std::string_view text(line);
     unsigned long long kib = 0;
-    if (overlaps && std::sscanf(line, "KernelPageSize: %llu kB", &kib) == 1) current.page_bytes = kib * 1024;
+    if (is_wanted && std::sscanf(line, "KernelPageSize: %llu kB", &kib) == 1) current.page_bytes = kib * 1024;
     // The last line of a mapping's record. um is VM_UFFD_MISSING, ui VM_UFFD_MINOR, uw VM_UFFD_WP (Linux
     // fs/proc/task_mmu.c).
-    if (!overlaps || !text.starts_with("VmFlags:")) return true;
+    if (!is_wanted || !text.starts_with("VmFlags:")) return true;
     const auto has = [&](std::string_view flag) { return text.find(flag) != std::string_view::npos; };
     current.is_filled_on_demand = has(" um") || has(" ui");
     current.is_held = current.is_filled_on_demand || has(" uw");
-    coverage.add(current);
-    wants_more = visit(current);
-    return wants_more;
+    return visit(current);
   });
+}
+
+MemoryResult<void> for_each_mapping(std::uint64_t start, std::uint64_t bytes,
+                                    const std::function<bool(const ProcMapping&)>& visit) {
+  Coverage coverage(start, bytes);
+  bool wants_more = true;
+  auto done = walk([&](const ProcMapping& mapping) { return coverage.overlaps(mapping); },
+                   [&](const ProcMapping& mapping) { return coverage.is_behind(mapping); },
+                   [&](const ProcMapping& mapping) {
+                     coverage.add(mapping);
+                     wants_more = visit(mapping);
+                     return wants_more;
+                   });
   return done && wants_more ? coverage.check() : done;
+}
+
+MemoryResult<void> for_each_mapping_of_process(const std::function<bool(const ProcMapping&)>& visit) {
+  return walk([](const ProcMapping&) { return true; }, [](const ProcMapping&) { return false; }, visit);
 }
 
 MemoryResult<std::uint64_t> sum_smaps(std::uint64_t start, std::uint64_t bytes,

@@ -33,6 +33,9 @@ struct ProcMapping {
 [[nodiscard]] MemoryResult<void> for_each_mapping(std::uint64_t start, std::uint64_t bytes,
                                                   const std::function<bool(const ProcMapping&)>& visit);
 
+/// The same for all mappings of the process, of which any may be left out, as there are always gaps between them.
+[[nodiscard]] MemoryResult<void> for_each_mapping_of_process(const std::function<bool(const ProcMapping&)>& visit);
+
 /// The sum, in bytes, of the /proc/self/smaps fields whose name `wanted` accepts, over the mappings that overlap
 /// [start, start + bytes); unavailable when one of them reaches beyond, wrong_nature when they leave anything out.
 [[nodiscard]] MemoryResult<std::uint64_t> sum_smaps(std::uint64_t start, std::uint64_t bytes,
