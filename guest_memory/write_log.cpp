@@ -52,11 +52,14 @@ WriteRecord::~WriteRecord() {
 
 MemoryResult<void> WriteRecord::collect(const WriteLog& log) {
   if (broken_) return std::unexpected(*broken_);
-  // What a failed call has taken out of the log may be lost.
+  // What a call that fails has taken out of the log may be lost; and so it may where one throws.
+  broken_ =
+      MemoryError{.code = MemoryErrc::unavailable, .operation = "a log of writes, whose collection was not completed"};
   if (auto collected = log.collect(region_.pages(), logged_); !collected) {
     broken_ = collected.error();
     return std::unexpected(*broken_);
   }
+  broken_.reset();
   return {};
 }
 

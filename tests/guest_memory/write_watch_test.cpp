@@ -5,6 +5,7 @@
 #include <expected>
 #include <functional>
 #include <gtest/gtest.h>
+#include <new>
 #include <optional>
 #include <random>
 #include <span>
@@ -327,10 +328,15 @@ TEST(WriteWatch, IsNotForFiles) {
 struct TestLog {
   std::vector<std::uint64_t> fresh; // since it was asked last
   bool fails = false;
+  bool throws = false; // having taken out what is fresh
 
   [[nodiscard]] WriteLog log() {
     return {.collect = [this](PageRange range, std::span<std::uint64_t> bitmap) -> MemoryResult<void> {
       if (fails) return std::unexpected(MemoryError{.code = MemoryErrc::os, .os_error = EIO, .operation = "test"});
+      if (throws) {
+        fresh.clear();
+        throw std::bad_alloc();
+      }
       for (const auto page : fresh)
         if (range.contains(PageNumber(page))) {
           const std::uint64_t bit = page - range.first().value();
@@ -392,6 +398,18 @@ TEST_P(WriteLogOf, ThatFailedOnceCountsForNothing) {
   EXPECT_TRUE(survey.zeroed.empty()) << "what the failed call took out of the log is lost";
   ASSERT_TRUE(survey.regions[0].log && survey.regions[0].log->error);
   EXPECT_EQ(survey.regions[0].log->error->os_error, EIO);
+}
+
+TEST_P(WriteLogOf, ThatThrewOnceCountsForNothing) {
+  TestLog test;
+  ASSERT_TRUE(memory.begin_write_log(test.log(), {.complete = true}));
+  test.fresh = {region->pages().first().value() + 3};
+  test.throws = true;
+  EXPECT_THROW(static_cast<void>(memory.survey()), std::bad_alloc);
+  test.throws = false;
+  const Survey survey = memory.survey();
+  EXPECT_TRUE(survey.zeroed.empty()) << "what was taken out of the log when it threw is lost";
+  ASSERT_TRUE(survey.regions[0].log && survey.regions[0].log->error);
 }
 
 TEST_P(WriteLogOf, IsOneAtATimeAndBeginsAnew) {

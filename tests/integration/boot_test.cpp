@@ -269,7 +269,7 @@ TEST_P(BootWith, TheAnswerIsSoundAndAsCompleteAsItCanBe) {
                                                                            : backing()));
   const bool has_evidence = !(backing() == "shared-anonymous" && !cppvmm::test::machine_facts().map_files) &&
                             !(backing() == "shared-file" && !cppvmm::test::machine_facts().cachestat) &&
-                            !(is_file() && !files().named_by_fstat);
+                            !(is_file() && !files().tell_the_truth());
   EXPECT_EQ(region["evidence"] != "none", has_evidence) << region;
   if (!has_evidence && way() != "content-check")
     GTEST_SKIP() << "no evidence here for " << backing() << ": " << region["error"];
