@@ -2,6 +2,7 @@ module;
 #include <algorithm>
 #include <array>
 #include <cerrno>
+#include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <cstdio>
@@ -10,9 +11,11 @@ module;
 #include <functional>
 #include <memory>
 #include <optional>
+#include <span>
 #include <string>
 #include <sys/mman.h>
 #include <sys/uio.h>
+#include <thread>
 #include <unistd.h>
 #include <utility>
 #include <vector>
@@ -112,64 +115,58 @@ static std::optional<std::uint64_t> counted_bytes() {
   return kib * 1024;
 }
 
-/// Reads a byte of each page by the kernel's way to the pages of a process, which waits for migrations to end and takes
-/// the page table's lock. All of them are there, so that none is allocated for it.
-class HugePageReader {
-public:
-  /// False if one cannot be read; errno says why.
-  [[nodiscard]] bool add(std::uint64_t address) {
-    pages_[count_++] = {.iov_base = reinterpret_cast<void*>(address), .iov_len = 1};
-    return count_ < pages_.size() || read_all();
+/// Which of the pages a byte can be read of, by the kernel's way to the pages of a process, which waits for migrations
+/// to end and takes the page table's lock; or errno. All of them have entries, so that none is allocated for it.
+static std::expected<std::vector<bool>, int> read_each(std::span<const std::uint64_t> pages) {
+  constexpr std::size_t at_a_time = 512;
+  std::vector<bool> can_be_read(pages.size());
+  std::array<iovec, at_a_time> there;
+  std::array<std::byte, at_a_time> bytes;
+  for (std::size_t at = 0; at < pages.size();) {
+    const std::size_t count = std::min(at_a_time, pages.size() - at);
+    for (std::size_t i = 0; i < count; ++i)
+      there[i] = {.iov_base = reinterpret_cast<void*>(pages[at + i]), .iov_len = 1};
+    const iovec here{.iov_base = bytes.data(), .iov_len = count};
+    const ssize_t got = process_vm_readv(getpid(), &here, 1, there.data(), count, 0);
+    if (got < 0 && errno != EFAULT) return std::unexpected(errno);
+    const std::size_t read = got < 0 ? 0 : static_cast<std::size_t>(got);
+    std::fill_n(can_be_read.begin() + static_cast<std::ptrdiff_t>(at), read, true);
+    // The next one is broken.
+    at += std::min(read + 1, count);
   }
-  [[nodiscard]] bool read_all() {
-    if (count_ == 0) return true;
-    std::array<std::byte, at_a_time> bytes;
-    const iovec here{.iov_base = bytes.data(), .iov_len = count_};
-    const ssize_t got = process_vm_readv(getpid(), &here, 1, pages_.data(), count_, 0);
-    const bool is_whole = got == static_cast<ssize_t>(count_);
-    if (got >= 0 && !is_whole) errno = EFAULT;
-    count_ = 0;
-    return is_whole;
-  }
-
-private:
-  static constexpr std::size_t at_a_time = 512;
-  std::array<iovec, at_a_time> pages_;
-  std::size_t count_ = 0;
-};
-
-/// Whether all found pages can be read.
-static bool read_found(const std::vector<HugeMapping>& mappings) {
-  HugePageReader reader;
-  for (const HugeMapping& mapping : mappings)
-    for (std::size_t i = 0; i < mapping.found.size(); ++i)
-      if (mapping.found[i] && !reader.add(mapping.start + i * mapping.page_bytes)) return false;
-  return reader.read_all();
+  return can_be_read;
 }
 
-/// Looks once for pages that were not found so far, and reads them; false if that fails, and errno says why.
-static bool find_more(int pagemap, std::vector<HugeMapping>& mappings) {
-  HugePageReader reader;
+/// 0 if all found pages can be read, else errno.
+static int read_found(const std::vector<HugeMapping>& mappings) {
+  std::vector<std::uint64_t> pages;
+  for (const HugeMapping& mapping : mappings)
+    for (std::size_t i = 0; i < mapping.found.size(); ++i)
+      if (mapping.found[i]) pages.push_back(mapping.start + i * mapping.page_bytes);
+  const auto read = read_each(pages);
+  if (!read) return read.error();
+  return std::ranges::find(*read, false) == read->end() ? 0 : EFAULT;
+}
+
+/// Looks for pages that were not found so far, and reads them: 0, or errno.
+static int find_more(std::vector<HugeMapping>& mappings) {
+  std::vector<std::uint64_t> pages;
   for (HugeMapping& mapping : mappings) {
+    pages.clear();
     for (std::size_t i = 0; i < mapping.found.size(); ++i) {
-      if (mapping.found[i]) continue;
       const std::uint64_t address = mapping.start + i * mapping.page_bytes;
-      std::uint64_t entry = 0;
-      ssize_t got = 0;
-      do {
-        got = pread(pagemap, &entry, sizeof entry, static_cast<off_t>(address / page_size * sizeof entry));
-      } while (got < 0 && errno == EINTR);
-      if (got < 0) return false;
-      if (got != static_cast<ssize_t>(sizeof entry)) {
-        errno = EIO;
-        return false;
-      }
-      if ((entry & pagemap_present) == 0) continue;
-      mapping.found[i] = true;
-      if (!reader.add(address)) return false;
+      unsigned char is_resident = 0;
+      if (mapping.found[i]) continue;
+      // What is in migration counts here, and markers do not.
+      if (mincore(reinterpret_cast<void*>(address), page_size, &is_resident) != 0) return errno;
+      if ((is_resident & 1) != 0) pages.push_back(address);
     }
+    const auto read = read_each(pages);
+    if (!read) return read.error();
+    for (std::size_t i = 0; i < pages.size(); ++i)
+      if ((*read)[i]) mapping.found[(pages[i] - mapping.start) / mapping.page_bytes] = true;
   }
-  return reader.read_all();
+  return 0;
 }
 
 static std::uint64_t found_bytes(const std::vector<HugeMapping>& mappings) {
@@ -238,13 +235,13 @@ RegionEvidence hugetlb_count_evidence(const void* host, std::uint64_t bytes) {
     if (refused == 0) held.push_back(std::move(mapping));
   }
 
-  const SelfFile pagemap("/proc/self/pagemap");
-  if (!pagemap.is_open()) return failed(region, "open /proc/self/pagemap", errno);
-  constexpr int passes = 16;
+  constexpr int passes = 32;
   std::uint64_t found = 0;
   std::optional<std::uint64_t> counted;
   for (int pass = 0; pass < passes && counted != found; ++pass) {
-    if (!find_more(pagemap.descriptor(), held)) return failed(region, "a look at huge pages in page tables", errno);
+    // Who has cleared an entry to set it again may wait for a processor.
+    if (pass > 1) std::this_thread::sleep_for(std::chrono::microseconds(100));
+    if (const int error = find_more(held)) return failed(region, "a look at huge pages in page tables", error);
     found = found_bytes(held);
     counted = counted_bytes();
     if (!counted) return failed(region, "HugetlbPages in /proc/thread-self/status", 0);
@@ -255,7 +252,7 @@ RegionEvidence hugetlb_count_evidence(const void* host, std::uint64_t bytes) {
     return result;
   }
   // They were there all the time, if they are now.
-  if (!read_found(held)) return failed(region, "process_vm_readv of huge pages", errno);
+  if (const int error = read_found(held)) return failed(region, "process_vm_readv of huge pages", error);
   const bool is_held = std::ranges::all_of(
       held, [&](const HugeMapping& mapping) { return userfault->holds(mapping.start, mapping.bytes()); });
   if (!is_held) return failed(region, "huge pages that were unmapped meanwhile", 0);
