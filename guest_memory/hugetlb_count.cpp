@@ -21,6 +21,7 @@ module;
 #include <vector>
 module cppvmm.guest_memory:hugetlb_count.impl;
 import :address;
+import :descriptor;
 import :error;
 import :evidence;
 import :extents;
@@ -77,32 +78,15 @@ static MemoryResult<HugeMappings> private_huge_mappings(const HugeRegion& region
   return mappings;
 }
 
-/// An opened file of /proc/self.
-class SelfFile {
-public:
-  explicit SelfFile(const char* path) : descriptor_(open(path, O_RDONLY | O_CLOEXEC)) {}
-  SelfFile(const SelfFile&) = delete;
-  SelfFile& operator=(const SelfFile&) = delete;
-  ~SelfFile() {
-    if (is_open()) close(descriptor_);
-  }
-
-  [[nodiscard]] bool is_open() const { return descriptor_ >= 0; }
-  [[nodiscard]] int descriptor() const { return descriptor_; }
-
-private:
-  int descriptor_;
-};
-
 /// The bytes of all huge pages of the process.
 static std::optional<std::uint64_t> counted_bytes() {
   // Not of the process, whose first thread may have ended.
-  const SelfFile file("/proc/thread-self/status");
+  const Descriptor file(open("/proc/thread-self/status", O_RDONLY | O_CLOEXEC));
   if (!file.is_open()) return std::nullopt;
   std::string text;
   std::array<char, 4096> buffer;
   for (;;) {
-    const ssize_t got = read(file.descriptor(), buffer.data(), buffer.size());
+    const ssize_t got = read(file.number(), buffer.data(), buffer.size());
     if (got < 0 && errno == EINTR) continue;
     if (got < 0) return std::nullopt;
     if (got == 0) break;

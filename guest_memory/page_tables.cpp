@@ -12,6 +12,7 @@ module;
 #include <vector>
 module cppvmm.guest_memory:page_tables.impl;
 import :address;
+import :descriptor;
 import :error;
 import :evidence;
 import :extents;
@@ -61,25 +62,7 @@ static RegionEvidence no_evidence(const char* operation, std::uint64_t host, std
 
 /// /proc/self/pagemap. Opened for each look: the descriptor stays tied to the address space that opened it, and this
 /// process may be a fork of the one that opened an earlier one.
-class Pagemap {
-public:
-  Pagemap() : descriptor_(open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC)), error_(errno) {}
-  Pagemap(const Pagemap&) = delete;
-  Pagemap& operator=(const Pagemap&) = delete;
-  ~Pagemap() {
-    if (is_open()) close(descriptor_);
-  }
-
-  [[nodiscard]] bool is_open() const { return descriptor_ >= 0; }
-  [[nodiscard]] int descriptor() const { return descriptor_; }
-  [[nodiscard]] RegionEvidence refusal(std::uint64_t host, std::uint64_t bytes) const {
-    return no_evidence("open /proc/self/pagemap", host, bytes, error_);
-  }
-
-private:
-  int descriptor_;
-  int error_;
-};
+static Descriptor open_pagemap() { return Descriptor(open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC)); }
 
 /// What a scan looks for: page is a match if its categories, those of `inverted` turned over, hold all of `all_of` and
 /// one of `any_of`.
@@ -142,8 +125,8 @@ static RegionEvidence scan(int pagemap, std::uint64_t host, std::uint64_t bytes,
 
 MemoryResult<ExtentList> written_pages(const void* host, std::uint64_t bytes) {
   const auto start = reinterpret_cast<std::uintptr_t>(host);
-  const Pagemap pagemap;
-  if (!pagemap.is_open()) return std::unexpected(*pagemap.refusal(start, bytes).error);
+  const Descriptor pagemap = open_pagemap();
+  if (!pagemap.is_open()) return std::unexpected(*no_evidence("open /proc/self/pagemap", start, bytes, errno).error);
   // Asked for what is unwritten, not for what is written: of shared memory, the entry of a page that was written can be
   // gone, while one that was not keeps its protection (as a marker, which counts as swapped).
   const ScanFor unwritten{.inverted = page_is_written,
@@ -152,7 +135,7 @@ MemoryResult<ExtentList> written_pages(const void* host, std::uint64_t bytes) {
                           .flags = scan_check_wp_async};
   ExtentList written;
   std::uint64_t at = 0;
-  const auto error = scan_pages(pagemap.descriptor(), start, bytes, unwritten, [&](Extent extent) {
+  const auto error = scan_pages(pagemap.number(), start, bytes, unwritten, [&](Extent extent) {
     if (extent.first > at) written.add({at, extent.first - at});
     at = std::max(at, extent.end());
   });
@@ -184,18 +167,18 @@ static std::optional<MemoryError> scan_locked(int pagemap, std::uint64_t host, E
 
 MemoryResult<ExtentList> locked_entries(const void* host, std::uint64_t bytes) {
   const auto start = reinterpret_cast<std::uintptr_t>(host);
-  const Pagemap pagemap;
-  if (!pagemap.is_open()) return std::unexpected(*pagemap.refusal(start, bytes).error);
+  const Descriptor pagemap = open_pagemap();
+  if (!pagemap.is_open()) return std::unexpected(*no_evidence("open /proc/self/pagemap", start, bytes, errno).error);
   // Where there is no page table, a scan that takes locks would take one twice and wait for itself for ever. Nothing
   // needs to be locked there: a page table comes with the first page, and stays as long as the mapping.
   const ScanFor without_table{.inverted = page_is_huge, .all_of = page_is_huge, .flags = scan_check_wp_async};
   std::vector<Extent> holes;
   auto error =
-      scan_pages(pagemap.descriptor(), start, bytes, without_table, [&](Extent extent) { holes.push_back(extent); });
+      scan_pages(pagemap.number(), start, bytes, without_table, [&](Extent extent) { holes.push_back(extent); });
   ExtentList occupied;
   std::uint64_t at = 0;
   const auto scan_until = [&](std::uint64_t end) {
-    if (!error && end > at) error = scan_locked(pagemap.descriptor(), start, {at, end - at}, occupied);
+    if (!error && end > at) error = scan_locked(pagemap.number(), start, {at, end - at}, occupied);
   };
   for (const Extent& hole : holes) {
     scan_until(hole.first);
@@ -230,12 +213,12 @@ static RegionEvidence read_entries(int pagemap, std::uint64_t host, std::uint64_
 
 RegionEvidence page_table_evidence(const void* host, std::uint64_t bytes, PageEntries entries, EvidenceSource source) {
   const auto start = reinterpret_cast<std::uintptr_t>(host);
-  const Pagemap pagemap;
-  if (!pagemap.is_open()) return pagemap.refusal(start, bytes);
+  const Descriptor pagemap = open_pagemap();
+  if (!pagemap.is_open()) return no_evidence("open /proc/self/pagemap", start, bytes, errno);
   RegionEvidence result;
-  if (source == EvidenceSource::automatic) result = scan(pagemap.descriptor(), start, bytes, entries);
+  if (source == EvidenceSource::automatic) result = scan(pagemap.number(), start, bytes, entries);
   // A kernel without the ioctl says ENOTTY, a sandbox something else.
-  if (result.kind == Evidence::none) result = read_entries(pagemap.descriptor(), start, bytes, entries);
+  if (result.kind == Evidence::none) result = read_entries(pagemap.number(), start, bytes, entries);
   return result;
 }
 

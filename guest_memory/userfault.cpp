@@ -13,6 +13,7 @@ module;
 #include <vector>
 module cppvmm.guest_memory:userfault.impl;
 import :address;
+import :descriptor;
 import :error;
 import :userfault;
 
@@ -35,8 +36,8 @@ static std::uint64_t features_of(UserfaultUse use) {
   return userfault_wp_hugetlbfs_shmem;
 }
 
-Userfault::Userfault(std::unique_lock<std::mutex> turn, int descriptor, UserfaultUse use)
-    : turn_(std::move(turn)), descriptor_(descriptor), use_(use), process_(getpid()) {}
+Userfault::Userfault(std::unique_lock<std::mutex> turn, Descriptor descriptor, UserfaultUse use)
+    : turn_(std::move(turn)), descriptor_(std::move(descriptor)), use_(use), process_(getpid()) {}
 
 MemoryResult<Userfault> Userfault::open(UserfaultUse use) {
   const auto refuse = [](const char* operation) {
@@ -46,13 +47,14 @@ MemoryResult<Userfault> Userfault::open(UserfaultUse use) {
   };
   auto turn = userfault_turn();
   // Nothing is protected, so that there is no fault of the kernel's to resolve, and no privilege is needed.
-  const auto descriptor = static_cast<int>(syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK | userfault_user_mode_only));
-  if (descriptor < 0) return refuse("userfaultfd");
-  Userfault opened(std::move(turn), descriptor, use);
+  Descriptor own(static_cast<int>(syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK | userfault_user_mode_only)));
+  if (!own.is_open()) return refuse("userfaultfd");
+  Userfault opened(std::move(turn), std::move(own), use);
   uffdio_api api{};
   api.api = UFFD_API;
   api.features = features_of(use);
-  if (ioctl(descriptor, UFFDIO_API, &api) != 0) return refuse("write protection of huge pages by userfaultfd");
+  if (ioctl(opened.descriptor_.number(), UFFDIO_API, &api) != 0)
+    return refuse("write protection of huge pages by userfaultfd");
   return opened;
 }
 
@@ -67,14 +69,14 @@ int Userfault::enroll(std::uint64_t start, std::uint64_t bytes) {
   // Noted before the call, after which nothing may throw. What is another's must not be noted: before Linux 6.17, any
   // userfaultfd could unregister it.
   ranges_.push_back({start, bytes});
-  const int refused = register_range(descriptor_, start, bytes);
+  const int refused = register_range(descriptor_.number(), start, bytes);
   if (refused != 0) ranges_.pop_back();
   return refused;
 }
 
 bool Userfault::holds(std::uint64_t start, std::uint64_t bytes) const {
   // The file behind private memory of huge pages has none of its own.
-  return map_cached(start, bytes) == EFAULT && register_range(descriptor_, start, bytes) == 0;
+  return map_cached(start, bytes) == EFAULT && register_range(descriptor_.number(), start, bytes) == 0;
 }
 
 int Userfault::add(std::uint64_t start, std::uint64_t bytes) {
@@ -92,7 +94,7 @@ int Userfault::map_cached(std::uint64_t start, std::uint64_t bytes) const {
   uffdio_continue request{};
   request.range = {.start = start, .len = bytes};
   request.mode = UFFDIO_CONTINUE_MODE_DONTWAKE;
-  return ioctl(descriptor_, UFFDIO_CONTINUE, &request) == 0 ? 0 : errno;
+  return ioctl(descriptor_.number(), UFFDIO_CONTINUE, &request) == 0 ? 0 : errno;
 }
 
 /// Those that wait go on once their event is read. Closing the descriptor would have the same effect, but not while a
@@ -100,29 +102,28 @@ int Userfault::map_cached(std::uint64_t start, std::uint64_t bytes) const {
 void Userfault::let_discards_go() const {
   for (;;) {
     uffd_msg message{};
-    while (read(descriptor_, &message, sizeof message) == static_cast<ssize_t>(sizeof message)) {
+    while (read(descriptor_.number(), &message, sizeof message) == static_cast<ssize_t>(sizeof message)) {
     }
     // No discard begins to wait any more. One may be about to: as long as any is under way, the kernel refuses this
     // with EAGAIN, before it looks at what is asked for.
     uffdio_writeprotect nothing{};
     nothing.range = {.start = 0, .len = page_size};
-    if (ioctl(descriptor_, UFFDIO_WRITEPROTECT, &nothing) == 0 || errno != EAGAIN) return;
+    if (ioctl(descriptor_.number(), UFFDIO_WRITEPROTECT, &nothing) == 0 || errno != EAGAIN) return;
     sched_yield();
   }
 }
 
 Userfault::~Userfault() {
-  if (descriptor_ < 0) return;
+  if (!descriptor_.is_open()) return;
   // In a forked child, the descriptor is of the parent's memory.
   if (getpid() == process_) {
     for (const Range& range : ranges_) {
       uffdio_range request{.start = range.start, .len = range.bytes};
       // Where that fails, closing is what is left.
-      static_cast<void>(ioctl(descriptor_, UFFDIO_UNREGISTER, &request));
+      static_cast<void>(ioctl(descriptor_.number(), UFFDIO_UNREGISTER, &request));
     }
     if (use_ == UserfaultUse::held_discards) let_discards_go();
   }
-  close(descriptor_);
 }
 
 } // namespace cppvmm

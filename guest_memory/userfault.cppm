@@ -5,6 +5,7 @@ module;
 #include <utility>
 #include <vector>
 module cppvmm.guest_memory:userfault;
+import :descriptor;
 import :error;
 
 namespace cppvmm {
@@ -33,8 +34,8 @@ public:
   /// Waits for its turn.
   [[nodiscard]] static MemoryResult<Userfault> open(UserfaultUse use);
   Userfault(Userfault&& other) noexcept
-      : turn_(std::move(other.turn_)), ranges_(std::move(other.ranges_)),
-        descriptor_(std::exchange(other.descriptor_, -1)), use_(other.use_), process_(other.process_) {}
+      : turn_(std::move(other.turn_)), ranges_(std::move(other.ranges_)), descriptor_(std::move(other.descriptor_)),
+        use_(other.use_), process_(other.process_) {}
   Userfault& operator=(Userfault&&) = delete;
   ~Userfault();
 
@@ -48,7 +49,7 @@ public:
   [[nodiscard]] int map_cached(std::uint64_t start, std::uint64_t bytes) const;
 
 private:
-  Userfault(std::unique_lock<std::mutex> turn, int descriptor, UserfaultUse use);
+  Userfault(std::unique_lock<std::mutex> turn, Descriptor descriptor, UserfaultUse use);
   [[nodiscard]] int enroll(std::uint64_t start, std::uint64_t bytes);
   void let_discards_go() const;
 
@@ -58,7 +59,7 @@ private:
   };
   std::unique_lock<std::mutex> turn_;
   std::vector<Range> ranges_;
-  int descriptor_;
+  Descriptor descriptor_;
   UserfaultUse use_;
   pid_t process_; // whose memory it is
 };
