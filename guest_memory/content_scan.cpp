@@ -38,8 +38,7 @@ import :zero_scan;
 // - Of hugetlb files, which are never swapped and of which mincore looks at own page tables only, all other pages are
 //   read with pread.
 // - Shared anonymous memory has no descriptor: what is in the page cache is read through the mapping, but for pages
-// that
-//   have an entry which is not present. They may be broken, and mincore calls those resident.
+//   that have an entry which is not present. They may be broken, and mincore calls those resident.
 // - Of files on disks no other page is read, cached or not: it can make the kernel read ahead.
 //
 // Results go to a bitmap, a bit for each page found zero, because a guest decides how scattered they are. Threads take

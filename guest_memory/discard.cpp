@@ -142,15 +142,24 @@ static MemoryResult<Discarded> clear_unmapped(const DiscardTarget& target, bool 
   return Discarded{.freed_pages = part.bytes / page_size};
 }
 
+/// What is there, by own page tables.
+static std::optional<ExtentList> occupied(const DiscardTarget& target) {
+  const FileMapping& memory = target.memory;
+  if (is_hugetlb(target.backing)) {
+    auto found = hugetlb_occupied(target.region, memory.host, memory.bytes);
+    return found ? std::optional(std::move(*found)) : std::nullopt;
+  }
+  RegionEvidence mapped = page_table_evidence(memory.host, memory.bytes, PageEntries::all, EvidenceSource::automatic);
+  if (mapped.kind == Evidence::none || mapped.touched.size() != 1) return std::nullopt;
+  return std::move(mapped.touched.front());
+}
+
 /// Overwrites what is there with zeros. What is not there stays so, as far as that can be told: a store would have the
 /// host allocate it.
 static MemoryResult<Discarded> clear(const DiscardTarget& target) {
   const FileMapping& memory = target.memory;
-  const RegionEvidence mapped =
-      is_hugetlb(target.backing)
-          ? hugetlb_evidence(memory.host, memory.bytes, EvidenceSource::automatic)
-          : page_table_evidence(memory.host, memory.bytes, PageEntries::all, EvidenceSource::automatic);
-  if (mapped.kind == Evidence::none || mapped.touched.size() != 1) return clear_all(memory);
+  const auto mapped = occupied(target);
+  if (!mapped) return clear_all(memory);
   Discarded done;
   std::uint64_t at = 0;
   std::optional<bool> is_filled; // found out once for all gaps: a guest decides how many there are
@@ -165,7 +174,7 @@ static MemoryResult<Discarded> clear(const DiscardTarget& target) {
     done = sum(done, *gap);
     return {};
   };
-  for (const Extent& extent : mapped.touched.front().extents()) {
+  for (const Extent& extent : mapped->extents()) {
     if (auto gap = clear_gap(extent.first); !gap) return std::unexpected(gap.error());
     const auto cleared = clear_all(part_of(memory, extent.first * page_size, extent.count * page_size));
     if (!cleared) return cleared;

@@ -21,15 +21,10 @@ struct ReplacedPages {
   std::optional<HugePages> huge_pages; ///< What the region's owner asked for; replaced pages get it too.
 };
 
-/// While it lives, Region::discard of a hugetlb file's pages waits: evidence counts them.
-struct HeldDiscards {
-  explicit HeldDiscards(const Region& region);
-  std::unique_lock<std::mutex> lock;
-};
-
 /// Pages to discard, with what is known of the region.
 struct DiscardTarget {
   FileMapping memory;
+  FileMapping region; ///< All of it.
   Backing backing{};
   bool is_fd_writable = false;
   std::uint64_t huge_page = 0; ///< Of hugetlb kinds, in bytes; 0 if it is not known.

@@ -72,12 +72,19 @@ enum class PageEntries : std::uint8_t {
 /// with the page table's lock held, to have no entry; an error (EPERM) where it is not registered as a whole.
 [[nodiscard]] MemoryResult<ExtentList> locked_entries(const void* host, std::uint64_t bytes);
 
-/// Of private hugetlb memory: what has an entry in this process's page tables, by huge page. (Of shared memory too, but
-/// there it proves nothing.)
+/// Of private hugetlb memory: what has an entry in this process's page tables, by huge page.
 [[nodiscard]] RegionEvidence hugetlb_evidence(const void* host, std::uint64_t bytes, EvidenceSource source);
 
 /// The same for kernels before 6.7: as many huge pages as the kernel counts for the process, or nothing is known.
 [[nodiscard]] RegionEvidence hugetlb_count_evidence(const void* host, std::uint64_t bytes);
+
+/// Of hugetlb memory: what mincore(2) says. No evidence, for it misses a page that is being migrated.
+[[nodiscard]] MemoryResult<ExtentList> hugetlb_resident(const void* host, std::uint64_t bytes);
+
+/// Which of the bytes at `host`, part of `memory`, may have something to clear: as far as can be told at no great cost
+/// where it is resident, and else by the page tables' lock, before Linux 6.7 by mincore(2) alone.
+[[nodiscard]] MemoryResult<ExtentList> hugetlb_occupied(const FileMapping& memory, const void* host,
+                                                        std::uint64_t bytes);
 
 /// Of shared hugetlb memory: what the page cache has, whoever wrote it. All of these are mapped here afterwards.
 [[nodiscard]] RegionEvidence hugetlb_file_evidence(const FileMapping& mapping);

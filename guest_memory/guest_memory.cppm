@@ -108,9 +108,11 @@ public:
   ///
   /// A page that is discarded (MADV_DONTNEED, hole punched) during the call may or may not be zeroed. Before Linux 6.5,
   /// discards of a memfd's pages by other processes during the call can also hide a page that the kernel is migrating
-  /// and that is not mapped here (docs/evidence.md). Of a hugetlb file, a huge page that someone discards by
-  /// other means than Region::discard, and that is written again, within the few system calls that count its pages can
-  /// hide one that another process wrote and that is not mapped here.
+  /// and that is not mapped here (docs/evidence.md).
+  ///
+  /// Huge pages are looked at through a userfaultfd of the survey's own: meanwhile, another cannot be registered over
+  /// them (EBUSY), and before Linux 6.7 an MADV_DONTNEED of any huge pages of the process waits. The next store to each
+  /// faults once. Of a hugetlb file, what other processes wrote is mapped here afterwards.
   [[nodiscard]] Survey survey(const SurveyOptions& options = {}) const;
 
 private:

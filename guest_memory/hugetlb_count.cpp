@@ -33,6 +33,9 @@ import :userfault;
 // or a copy on write there is none. But they count the process's huge pages, with that lock held: if as many are found
 // as there are, there is no other. That takes:
 // - All huge pages of the process are looked at, for the count is of all.
+// - The count is right. fork copies entries of pages in migration and does not count them, and page tables of shared
+//   huge pages that processes share are counted by one and taken from another's count: so nothing is concluded in a
+//   forked process, nor beside a mapping of shared huge pages.
 // - None goes away meanwhile, for another could take its place in the count: discards wait, unmapped memory is noticed.
 // - None is found before it is counted: what is found is read once through the kernel, which takes the lock that the
 //   fault held until it had counted the page, before the count is looked at.
@@ -61,13 +64,13 @@ struct HugeRegion {
 
 struct HugeMappings {
   std::vector<HugeMapping> of_process;
-  bool has_shared_part = false; ///< The region has.
+  bool has_shared = false; ///< There are some that other processes may share.
 };
 
-static MemoryResult<HugeMappings> private_huge_mappings(const HugeRegion& region) {
+static MemoryResult<HugeMappings> private_huge_mappings() {
   HugeMappings mappings;
   auto walked = for_each_mapping_of_process([&](const ProcMapping& mapping) {
-    if (!mapping.is_private && region.overlaps(mapping.start, mapping.end)) mappings.has_shared_part = true;
+    if (!mapping.is_private && mapping.page_bytes > page_size) mappings.has_shared = true;
     if (mapping.is_private && mapping.path == "/anon_hugepage (deleted)" && mapping.page_bytes > page_size)
       mappings.of_process.push_back({.start = mapping.start,
                                      .page_bytes = mapping.page_bytes,
@@ -185,32 +188,19 @@ static RegionEvidence failed(const HugeRegion& region, const char* operation, in
   return result;
 }
 
-/// Of shared memory: what has an entry, as far as can be seen. Nothing is proven by it.
-static RegionEvidence mapped_evidence(const HugeRegion& region) {
-  RegionEvidence result;
-  result.kind = Evidence::huge_page_count;
-  ExtentList& touched = result.touched.emplace_back();
-  const std::uint64_t pages = region.bytes / page_size;
-  std::vector<unsigned char> resident(std::min<std::uint64_t>(pages, 1 << 18));
-  for (std::uint64_t page = 0; page < pages;) {
-    const std::uint64_t count = std::min<std::uint64_t>(resident.size(), pages - page);
-    auto* const at = reinterpret_cast<void*>(region.start + page * page_size);
-    if (mincore(at, count * page_size, resident.data()) != 0) return failed(region, "mincore", errno);
-    for (std::uint64_t i = 0; i < count; ++i)
-      if ((resident[i] & 1) != 0) touched.add({page + i, 1});
-    page += count;
-  }
-  return result;
-}
+/// Who has loaded this. A process that was forked since has another number.
+static const pid_t loaded_by = getpid();
 
 RegionEvidence hugetlb_count_evidence(const void* host, std::uint64_t bytes) {
   const HugeRegion region{reinterpret_cast<std::uintptr_t>(host), bytes};
-  auto mappings = private_huge_mappings(region);
+  if (getpid() != loaded_by) return failed(region, "count huge pages in a forked process", 0);
+  auto mappings = private_huge_mappings();
   if (!mappings) return failed(region, "read /proc/self/smaps", mappings.error().os_error);
-  if (mappings->has_shared_part) return mapped_evidence(region);
+  if (mappings->has_shared) return failed(region, "count private huge pages beside shared ones", 0);
   auto userfault = Userfault::open(UserfaultUse::held_discards);
   if (!userfault) return failed(region, userfault.error().operation, userfault.error().os_error);
   std::vector<HugeMapping> held;
+  held.reserve(mappings->of_process.size());
   for (HugeMapping& mapping : mappings->of_process) {
     const int refused = userfault->add(mapping.start, mapping.bytes());
     if (refused != 0 && region.overlaps(mapping.start, mapping.end()))

@@ -50,7 +50,6 @@ struct Region::Mapping {
   mutable std::atomic<bool> has_recorder = false;
   std::uint64_t huge_page = 0; // of hugetlb kinds, in bytes; 0 where it is not known
   mutable ReplacedPages replaced;
-  mutable std::mutex discards; // of a hugetlb file
 
   Mapping() = default;
   Mapping(const Mapping&) = delete;
@@ -361,9 +360,12 @@ std::span<const std::atomic<std::uint64_t>> Region::recorded_writes() const {
 MemoryResult<std::uint64_t> Region::resident_bytes() const {
   if (is_adopted()) {
     const bool is_huge = backing() == Backing::hugetlb || backing() == Backing::hugetlb_memfd;
-    const auto pages = is_huge
-                           ? hugetlb_evidence(host_address(), bytes(), EvidenceSource::automatic)
-                           : page_table_evidence(host_address(), bytes(), PageEntries::all, EvidenceSource::automatic);
+    if (is_huge) {
+      const auto resident = hugetlb_resident(host_address(), bytes());
+      if (!resident) return std::unexpected(resident.error());
+      return resident->page_count() * page_size;
+    }
+    const auto pages = page_table_evidence(host_address(), bytes(), PageEntries::all, EvidenceSource::automatic);
     if (pages.error) return std::unexpected(*pages.error);
     std::uint64_t count = 0;
     for (const ExtentList& list : pages.touched)
@@ -395,20 +397,17 @@ MemoryResult<Discarded> Region::discard(PageRange range) const {
   if (kind() == RegionKind::rom) return refuse_range(MemoryErrc::read_only);
   if (backing() == Backing::unknown) return refuse_range(MemoryErrc::unavailable);
   const std::uint64_t offset = range.start_address().value() - start().value();
-  const DiscardTarget target{.memory = {.fd = mapping_->fd.number(),
-                                        .offset = mapping_->fd_offset + offset,
-                                        .host = static_cast<std::byte*>(mapping_->host) + offset,
-                                        .bytes = range.bytes()},
-                             .backing = backing(),
-                             .is_fd_writable = !is_adopted(),
-                             .huge_page = mapping_->huge_page};
+  const DiscardTarget target{
+      .memory = {.fd = mapping_->fd.number(),
+                 .offset = mapping_->fd_offset + offset,
+                 .host = static_cast<std::byte*>(mapping_->host) + offset,
+                 .bytes = range.bytes()},
+      .region = {.fd = mapping_->fd.number(), .offset = mapping_->fd_offset, .host = mapping_->host, .bytes = bytes()},
+      .backing = backing(),
+      .is_fd_writable = !is_adopted(),
+      .huge_page = mapping_->huge_page};
   if (backing() == Backing::private_file) return discard_private_file(target, range, mapping_->replaced);
-  const HeldDiscards one_at_a_time(*this);
   return discard_memory(target);
-}
-
-HeldDiscards::HeldDiscards(const Region& region) : lock(region.mapping_->discards, std::defer_lock) {
-  if (region.backing() == Backing::hugetlb_memfd) lock.lock();
 }
 
 // include/uapi/asm-generic/mman-common.h (Linux 5.14), which the headers of older distributions may lack.

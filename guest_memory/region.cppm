@@ -182,7 +182,6 @@ private:
   struct Mapping;
   friend class MemoryMap;
   friend class WriteRecord;
-  friend struct HeldDiscards;
   explicit Region(std::shared_ptr<const Mapping> mapping);
   /// Begins to remember, from none on, which pages the accessors write. Nobody may be writing meanwhile.
   [[nodiscard]] MemoryResult<void> start_recording() const;

@@ -13,7 +13,6 @@ module cppvmm.guest_memory:survey.impl;
 import :address;
 import :content_check;
 import :content_scan;
-import :discard;
 import :error;
 import :evidence;
 import :extents;
@@ -113,10 +112,7 @@ RegionEvidence region_evidence(const Region& region, EvidenceSource source) {
     refused.error = before.error();
     return refused;
   }
-  RegionEvidence evidence = [&] {
-    const HeldDiscards held(region);
-    return evidence_of_backing(memory, region.backing(), source);
-  }();
+  RegionEvidence evidence = evidence_of_backing(memory, region.backing(), source);
   if (auto after = is_as_stated(); !after) {
     refused.error = after.error();
     return refused;

@@ -1,13 +1,15 @@
 module;
 #include <cerrno>
+#include <chrono>
 #include <cstdint>
 #include <expected>
 #include <fcntl.h>
 #include <linux/userfaultfd.h>
 #include <mutex>
-#include <sched.h>
+#include <pthread.h>
 #include <sys/ioctl.h>
 #include <sys/syscall.h>
+#include <thread>
 #include <unistd.h>
 #include <utility>
 #include <vector>
@@ -19,8 +21,12 @@ import :userfault;
 
 namespace cppvmm {
 
+static std::mutex turns;
+
 std::unique_lock<std::mutex> userfault_turn() {
-  static std::mutex turns;
+  // A child of fork has a copy of the lock, and none of the thread that may hold it.
+  [[maybe_unused]] static const int registered =
+      pthread_atfork([] { turns.lock(); }, [] { turns.unlock(); }, [] { turns.unlock(); });
   return std::unique_lock(turns);
 }
 
@@ -109,7 +115,8 @@ void Userfault::let_discards_go() const {
     uffdio_writeprotect nothing{};
     nothing.range = {.start = 0, .len = page_size};
     if (ioctl(descriptor_.number(), UFFDIO_WRITEPROTECT, &nothing) == 0 || errno != EAGAIN) return;
-    sched_yield();
+    // Not sched_yield: the one that is about to may be of a lower priority, on the same processor.
+    std::this_thread::sleep_for(std::chrono::microseconds(50));
   }
 }
 

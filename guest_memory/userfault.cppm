@@ -27,8 +27,9 @@ enum class UserfaultUse : std::uint8_t {
   lookups,       ///< No more than that the memory is registered.
 };
 
-/// Memory that is registered for write protection for as long as the object lives. None is protected, so that no access
-/// faults for it. One at a time in a process.
+/// Memory that is registered for write protection for as long as the object lives. None is protected; but when it ends,
+/// the kernel sets the entries of private memory anew, read-only, so that the next store to each huge page faults once.
+/// One at a time in a process.
 class Userfault {
 public:
   /// Waits for its turn.
@@ -45,7 +46,7 @@ public:
   /// moved since, and what took its place, is not.
   [[nodiscard]] bool holds(std::uint64_t start, std::uint64_t bytes) const;
   /// UFFDIO_CONTINUE: maps what the page cache of the mapping's file has there: 0, or errno. EFAULT where there is no
-  /// page, and ENOENT where the bytes are not all of one registered mapping.
+  /// page, and ENOENT where the bytes are not all of one mapping that is registered with some userfaultfd.
   [[nodiscard]] int map_cached(std::uint64_t start, std::uint64_t bytes) const;
 
 private:

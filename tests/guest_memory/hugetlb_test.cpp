@@ -151,7 +151,11 @@ protected:
       }
       EXPECT_EQ(unsound, 0) << "of " << surveys << " surveys, " << name_of(source);
       EXPECT_EQ(incomplete, unsound) << name_of(source);
-      EXPECT_LT(without, surveys) << name_of(source);
+      // By their number, which takes as many looks as it takes, not all; with the lock, nearly all.
+      if (source == EvidenceSource::legacy || !test::machine_facts().async_write_protect)
+        EXPECT_LT(without, surveys) << name_of(source);
+      else
+        EXPECT_LE(without * 20, surveys) << name_of(source);
       RecordProperty(std::string("without_evidence_") + name_of(source), without);
     }
     EXPECT_GT(disturbed.load(), 0);
@@ -353,8 +357,9 @@ protected:
 };
 
 TEST_F(SurveyedHugePages, AreLeftAsTheyWere) {
-  for (const auto& region : {*Region::hugetlb(GuestAddress(0), 8 * huge, HugePageSize::two_mib),
-                             *Region::hugetlb_memfd(GuestAddress(0), 8 * huge, HugePageSize::two_mib)}) {
+  for (const bool is_shared : {false, true}) {
+    const Region region = is_shared ? *Region::hugetlb_memfd(GuestAddress(0), 8 * huge, HugePageSize::two_mib)
+                                    : *Region::hugetlb(GuestAddress(0), 8 * huge, HugePageSize::two_mib);
     const GuestMemory memory(*MemoryMap::make({region}));
     store(region, 3, 42);
     const std::string flags = flags_of(region);
@@ -370,6 +375,41 @@ TEST_F(SurveyedHugePages, AreLeftAsTheyWere) {
     store(region, 4);
     EXPECT_EQ(memory.survey().touched, PageSet(huge_pages(3, 2)));
   }
+}
+
+TEST_F(SurveyedHugePages, StayOneMappingWhenPartsOfThemAreDiscarded) {
+  if (!test::machine_facts().hugetlb_dontneed) GTEST_SKIP() << "this kernel discards no huge pages of private memory";
+  const Region region = *Region::hugetlb(GuestAddress(0), 8 * huge, HugePageSize::two_mib);
+  for (std::uint64_t page = 0; page < 8; page += 2)
+    store(region, page, 42);
+  for (std::uint64_t page = 0; page < 8; ++page) {
+    const auto done = region.discard(*PageRange::make(PageNumber(page * 512 + 7), 3));
+    ASSERT_TRUE(done) << done.error().message();
+  }
+  std::ifstream maps("/proc/self/maps");
+  const auto start = reinterpret_cast<std::uintptr_t>(region.host_address());
+  int mappings = 0;
+  for (std::string line; std::getline(maps, line);) {
+    const auto at = std::strtoull(line.c_str(), nullptr, 16);
+    if (start <= at && at < start + 8 * huge) ++mappings;
+  }
+  EXPECT_EQ(mappings, 1);
+  EXPECT_EQ(*host_of(region, 2), 42);
+}
+
+// fork copies entries of pages in migration and does not count them.
+TEST_F(SurveyedHugePages, AreNotCountedInAForkedProcess) {
+  const Region region = *Region::hugetlb(GuestAddress(0), 8 * huge, HugePageSize::two_mib);
+  const GuestMemory memory(*MemoryMap::make({region}));
+  store(region, 3);
+  const pid_t child = fork();
+  if (child == 0) {
+    const Survey survey = memory.survey({.leave_out = {}, .source = EvidenceSource::legacy});
+    _exit(survey.zeroed.empty() && survey.regions[0].evidence == Evidence::none ? 0 : 1);
+  }
+  int status = 0;
+  ASSERT_EQ(waitpid(child, &status, 0), child);
+  EXPECT_TRUE(WIFEXITED(status) && WEXITSTATUS(status) == 0) << status;
 }
 
 TEST_F(SurveyedHugePages, MayHaveNoPageTablesAtAll) {

@@ -16,10 +16,7 @@ echo 160 >/proc/sys/vm/nr_hugepages
 export CPPVMM_LINUX=/vmlinuz
 export CPPVMM_GUEST_MODULES=/guests
 
-# What these kernels do is known.
-export CPPVMM_LAB=1
-
-# Nothing is lost with this machine.
+# What these kernels do is known, and nothing is lost with this machine.
 export CPPVMM_LAB=1
 
 # What the kernel does that the tests depend on.
