@@ -38,7 +38,8 @@ import :zero_scan;
 // - Of hugetlb files, which are never swapped and of which mincore looks at own page tables only, all other pages are
 //   read with pread.
 // - Shared anonymous memory has no descriptor: what is in the page cache is read through the mapping, but for pages
-//   that have an entry which is not present. They may be broken, and mincore calls those resident.
+//   that have an entry which is not present. They may be broken, and mincore calls those resident; but for markers of
+//   write protection, which no broken page has.
 // - Of files on disks no other page is read, cached or not: it can make the kernel read ahead.
 //
 // Results go to a bitmap, a bit for each page found zero, because a guest decides how scattered they are. Threads take
@@ -96,6 +97,11 @@ static OtherPages other_pages(Backing backing) {
   default:
     return OtherPages::none;
   }
+}
+
+/// Of shared memory: whether this entry may be that of a page which a memory error took.
+static bool may_be_broken(std::uint64_t entry) {
+  return (entry & pagemap_swapped) != 0 && (entry & pagemap_write_protected) == 0;
 }
 
 /// What to do with a page of a window.
@@ -244,7 +250,7 @@ private:
     const ReadPlan resident = others_ == OtherPages::by_mapping ? ReadPlan::by_mapping : ReadPlan::by_descriptor;
     for (std::uint64_t i = 0; i < count; ++i)
       if (worker.plan[i] == ReadPlan::absent && (worker.resident[i] & 1) != 0 &&
-          (resident == ReadPlan::by_descriptor || (worker.entries[i] & pagemap_swapped) == 0))
+          (resident == ReadPlan::by_descriptor || !may_be_broken(worker.entries[i])))
         worker.plan[i] = resident;
   }
 

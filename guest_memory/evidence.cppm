@@ -17,7 +17,8 @@ namespace cppvmm {
 /// /proc/pid/pagemap entries (Documentation/admin-guide/mm/pagemap.rst).
 inline constexpr std::uint64_t pagemap_present = std::uint64_t{1} << 63;
 inline constexpr std::uint64_t pagemap_swapped = std::uint64_t{1} << 62;
-inline constexpr std::uint64_t pagemap_file = std::uint64_t{1} << 61; ///< Of a file, or shared anonymous.
+inline constexpr std::uint64_t pagemap_write_protected = std::uint64_t{1} << 57; ///< By a userfaultfd.
+inline constexpr std::uint64_t pagemap_file = std::uint64_t{1} << 61;            ///< Of a file, or shared anonymous.
 
 /// What the kernel's books say of a region.
 struct RegionEvidence {

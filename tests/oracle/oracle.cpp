@@ -1023,6 +1023,12 @@ private:
     if (contains(left_out_, number)) return Reason::left_out;
     if (contains(marked_, number)) return Reason::marked;
     Reason reason = live.reason(page, case_.mode);
+    // Where their entries cannot be seen with the lock held, huge pages are counted, which says nothing beside shared
+    // ones.
+    const bool is_counted = case_.mode == SurveyMode::legacy || !test::machine_facts().async_write_protect;
+    const auto is_shared = [](const Live& other) { return other->spec().memory == Memory::hugetlb_memfd; };
+    if (live.spec().memory == Memory::hugetlb && is_counted && std::ranges::any_of(lives_, is_shared))
+      reason = Reason::no_evidence;
     const auto brings_it = [&](const Live& other) { return other.get() != &live && live.may_come_with(page, *other); };
     if (reason == Reason::none && std::ranges::any_of(lives_, brings_it)) reason = Reason::huge_page;
     if (reason == Reason::none || live.is_proven(page)) return Reason::none;
