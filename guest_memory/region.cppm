@@ -137,7 +137,9 @@ public:
   ///   userfaultfd holds, or whose file cannot be opened for writing, is cleared, and so are files that are sealed or
   ///   whose file system has no holes;
   /// - hugetlb, hugetlb_memfd: whole huge pages are given back to the host's pool, where others may take them: a later
-  ///   access that finds the pool empty is a SIGBUS. Parts of a huge page are cleared, if it is there at all;
+  ///   access that finds the pool empty is a SIGBUS. Parts of a huge page are cleared, if it is there at all. Before
+  ///   Linux 6.7, and where a userfaultfd of another holds the memory, a private one that the kernel is moving just
+  ///   then may be taken for one that is not there: the part keeps its data then, and stays touched;
   /// - private_file: the pages are replaced by anonymous private memory, adopted ones too (readable, writable, and
   ///   without what else was set there: locks, policies, a userfaultfd), for the file's data would come back otherwise.
   ///   Pages that would make more than 1024 such parts of the region are cleared, so that no guest can use up the
