@@ -43,16 +43,16 @@ export [[nodiscard]] bool is_supported(ZeroScan scan);
 /// with one pass either way. That costs the guest a fault at its next store to each page that was looked at.
 ///
 /// Elsewhere, every page found zero had each of its words read as zero during the call, four times in ascending and
-/// four times in descending order (pages that are not mapped in this process: eight times in ascending order, by
-/// pread(2)). A page that holds data from before the call until after it is therefore not found zero, but for one whose
-/// data is moved about meanwhile so that it is, each time, within the part of a microsecond that a pass takes, taken
-/// from the part that was not read yet to the part that was.
+/// four times in descending order (pages that are not mapped in this process, and adopted memory without a FaultGuard:
+/// eight times in ascending order, of copies by the kernel). A page that holds data from before the call until after it
+/// is therefore not found zero, but for one whose data is moved about meanwhile so that it is, each time, within the
+/// part of a microsecond that a pass takes, taken from the part that was not read yet to the part that was.
 ///
 /// What is read: pages that are present just before, and are not swapped out; of files on disks, those that are mapped
 /// in this process. No page of a hole is allocated and none is swapped in, unless a page is discarded or swapped out in
 /// the instant between the look and the read, which then brings it back. Where mincore(2) does not tell what a file on
 /// tmpfs has in memory (one that this process may not write), what others have swapped out is swapped in. Memory of
-/// unknown kind is never read. Files must not be truncated meanwhile, nor regions unmapped.
+/// unknown kind is never read. What an embedder truncates, protects or unmaps meanwhile stays touched.
 export struct ContentCheckOptions {
   /// Runs the tasks that read beside the calling thread; without one, the calling thread reads alone. The call never
   /// waits for a task that has not begun: an executor that is busy, that drops tasks or that throws costs only their

@@ -8,7 +8,6 @@ module;
 #include <condition_variable>
 #include <cstddef>
 #include <cstdint>
-#include <fcntl.h>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -21,13 +20,15 @@ module;
 #include <vector>
 module cppvmm.guest_memory:content_scan.impl;
 import :address;
+import :book_files;
 import :content_check;
 import :content_scan;
-import :descriptor;
 import :error;
 import :evidence;
 import :extents;
+import :guest_copy;
 import :region;
+import :unmap;
 import :zero_scan;
 
 // What may be read without bringing anything in is looked up right before, 2 MiB at a time:
@@ -41,6 +42,8 @@ import :zero_scan;
 //   that have an entry which is not present. They may be broken, and mincore calls those resident; but for markers of
 //   write protection, which no broken page has.
 // - Of files on disks no other page is read, cached or not: it can make the kernel read ahead.
+// What is read through the mapping of adopted memory is copied by the kernel, if no FaultGuard is installed: between
+// the look and the read, an embedder may take it away.
 //
 // Results go to a bitmap, a bit for each page found zero, because a guest decides how scattered they are. Threads take
 // blocks of pages that share no word of it.
@@ -51,7 +54,7 @@ using Clock = std::chrono::steady_clock;
 
 static constexpr std::uint64_t block_pages = 2048; // 8 MiB: what a thread takes at a time; whole words of the bitmap
 static constexpr std::uint64_t window_pages = 512; // 2 MiB: what is looked up at a time
-static constexpr std::uint64_t bounce_pages = 16;  // what is read through a descriptor at a time
+static constexpr std::uint64_t bounce_pages = 16;  // what is copied at a time
 static constexpr std::uint64_t word_bits = 64;
 static_assert(block_pages % window_pages == 0 && window_pages % word_bits == 0);
 
@@ -105,7 +108,7 @@ static bool may_be_broken(std::uint64_t entry) {
 }
 
 /// What to do with a page of a window.
-enum class ReadPlan : std::uint8_t { skip, absent, by_mapping, by_descriptor };
+enum class ReadPlan : std::uint8_t { skip, absent, by_mapping, by_kernel, by_descriptor };
 
 /// What a thread works with, made before it begins: threads allocate nothing.
 struct ContentWorker {
@@ -152,7 +155,7 @@ public:
   ZeroPages(const ZeroPages&) = delete;
   ZeroPages& operator=(const ZeroPages&) = delete;
   ~ZeroPages() {
-    if (is_mapped()) munmap(words_, bytes_);
+    if (is_mapped()) unmap(words_, bytes_);
   }
 
   [[nodiscard]] bool is_mapped() const { return words_ != MAP_FAILED; }
@@ -181,9 +184,10 @@ private:
 class ContentWork {
 public:
   ContentWork(const FileMapping& mapping, OtherPages others, int pagemap, std::span<const Extent> touched,
-              ZeroScan zero_scan, unsigned looks, ContentBudget& budget, ZeroPages& zero_pages)
+              ZeroScan zero_scan, unsigned looks, GuestReach reach, ContentBudget& budget, ZeroPages& zero_pages)
       : mapping_(mapping), others_(others), pagemap_(pagemap), touched_(touched), zero_scan_(zero_scan), looks_(looks),
-        budget_(budget), zero_pages_(zero_pages), blocks_(blocks_of(touched)) {}
+        in_mapping_(reach == GuestReach::kernel ? ReadPlan::by_kernel : ReadPlan::by_mapping), budget_(budget),
+        zero_pages_(zero_pages), blocks_(blocks_of(touched)) {}
 
   [[nodiscard]] std::size_t blocks() const { return blocks_.size(); }
 
@@ -220,8 +224,8 @@ private:
     look(worker, from, to - from);
 
     const auto plan = std::span(worker.plan).first(to - from);
-    const auto readable = static_cast<std::uint64_t>(std::ranges::count_if(
-        plan, [](ReadPlan page) { return page == ReadPlan::by_mapping || page == ReadPlan::by_descriptor; }));
+    const auto readable = static_cast<std::uint64_t>(
+        std::ranges::count_if(plan, [](ReadPlan page) { return page != ReadPlan::skip && page != ReadPlan::absent; }));
     worker.absent += static_cast<std::uint64_t>(std::ranges::count(plan, ReadPlan::absent));
     const std::uint64_t granted = budget_.take(readable);
     read(worker, from, plan, granted);
@@ -235,7 +239,7 @@ private:
     for (std::uint64_t i = 0; i < count; ++i) {
       if (worker.plan[i] == ReadPlan::skip) continue;
       if ((worker.entries[i] & (pagemap_present | pagemap_swapped)) == pagemap_present)
-        worker.plan[i] = ReadPlan::by_mapping;
+        worker.plan[i] = in_mapping_;
       else if (others_ == OtherPages::all_descriptor)
         worker.plan[i] = ReadPlan::by_descriptor;
       else
@@ -247,7 +251,7 @@ private:
       fail(worker, os_error("mincore", mapping_, page, count, errno));
       return;
     }
-    const ReadPlan resident = others_ == OtherPages::by_mapping ? ReadPlan::by_mapping : ReadPlan::by_descriptor;
+    const ReadPlan resident = others_ == OtherPages::by_mapping ? in_mapping_ : ReadPlan::by_descriptor;
     for (std::uint64_t i = 0; i < count; ++i)
       if (worker.plan[i] == ReadPlan::absent && (worker.resident[i] & 1) != 0 &&
           (resident == ReadPlan::by_descriptor || !may_be_broken(worker.entries[i])))
@@ -256,53 +260,54 @@ private:
 
   bool read_entries(ContentWorker& worker, std::uint64_t page, std::uint64_t count) const {
     const auto host_page = reinterpret_cast<std::uintptr_t>(mapping_.host) / page_size + page;
-    auto* const into = reinterpret_cast<std::byte*>(worker.entries.data());
-    const std::size_t wanted = count * sizeof(std::uint64_t);
-    for (std::size_t done = 0; done < wanted;) {
-      const auto offset = static_cast<off_t>(host_page * sizeof(std::uint64_t) + done);
-      const ssize_t got = pread(pagemap_, into + done, wanted - done, offset);
-      if (got < 0 && errno == EINTR) continue;
-      if (got <= 0) {
-        fail(worker, os_error("read /proc/self/pagemap", mapping_, page, count, got < 0 ? errno : 0));
-        return false;
-      }
-      done += static_cast<std::size_t>(got);
-    }
-    return true;
+    const int error = read_pagemap(pagemap_, host_page * page_size, std::span(worker.entries).first(count));
+    if (error != 0) fail(worker, os_error("read /proc/self/pagemap", mapping_, page, count, error));
+    return error == 0;
   }
 
   /// Reads as many of the planned pages as were granted.
   void read(ContentWorker& worker, std::uint64_t page, std::span<const ReadPlan> plan, std::uint64_t granted) {
     for (std::uint64_t i = 0; i < plan.size() && granted > 0;) {
-      if (plan[i] == ReadPlan::by_mapping) {
-        ++worker.checked;
-        --granted;
-        if (is_zero(static_cast<const std::byte*>(mapping_.host) + (page + i) * page_size))
-          found_zero(worker, page + i);
+      if (plan[i] == ReadPlan::skip || plan[i] == ReadPlan::absent) {
         ++i;
-      } else if (plan[i] == ReadPlan::by_descriptor) {
-        const auto run_end =
-            std::ranges::find_if(plan.subspan(i), [](ReadPlan p) { return p != ReadPlan::by_descriptor; });
-        const auto run = static_cast<std::uint64_t>(run_end - plan.subspan(i).begin());
-        const std::uint64_t done = read_descriptor(worker, page + i, std::min({run, granted, bounce_pages}));
+      } else if (plan[i] == ReadPlan::by_mapping) {
+        read_mapping(worker, page + i);
+        --granted;
+        ++i;
+      } else {
+        const auto rest = plan.subspan(i);
+        const auto run_end = std::ranges::find_if(rest, [&](ReadPlan each) { return each != plan[i]; });
+        const auto run = static_cast<std::uint64_t>(run_end - rest.begin());
+        const std::uint64_t done = read_copies(worker, plan[i], page + i, std::min({run, granted, bounce_pages}));
         granted -= done;
         i += done;
-      } else {
-        ++i;
       }
     }
   }
 
-  [[nodiscard]] bool is_zero(const void* page) const {
-    for (unsigned look = 0; look < looks_; ++look)
-      if (!is_zero_page(zero_scan_, page)) return false;
-    return true;
+  void read_mapping(ContentWorker& worker, std::uint64_t page) {
+    const auto* const host = static_cast<const std::byte*>(mapping_.host) + page * page_size;
+    PageContent content = PageContent::zero;
+    for (unsigned look = 0; look < looks_ && content == PageContent::zero; ++look)
+      content = content_of_page(zero_scan_, host);
+    if (content == PageContent::inaccessible) {
+      std::byte byte{};
+      const int error = copy_from_guest(GuestReach::plain, &byte, host, 1).error; // which says why
+      fail_to_access(worker, page, 1, error != 0 ? error : EFAULT);
+      ++worker.absent;
+      return;
+    }
+    ++worker.checked;
+    if (content == PageContent::zero) found_zero(worker, page);
   }
 
-  /// Reads some pages, at least one, through the descriptor, in as many passes; how many.
-  std::uint64_t read_descriptor(ContentWorker& worker, std::uint64_t page, std::uint64_t count) {
+  /// Reads some pages, at least one, by copies of them, in as many passes; how many.
+  std::uint64_t read_copies(ContentWorker& worker, ReadPlan plan, std::uint64_t page, std::uint64_t count) {
     std::array<bool, bounce_pages> zero{};
-    std::uint64_t pages = read_file(worker, page, count);
+    const auto copy = [&](std::uint64_t pages) {
+      return plan == ReadPlan::by_kernel ? copy_mapping(worker, page, pages) : read_file(worker, page, pages);
+    };
+    std::uint64_t pages = copy(count);
     worker.checked += pages;
     if (pages == 0) {
       ++worker.absent;
@@ -312,13 +317,29 @@ private:
     std::fill_n(zero.begin(), once, true);
     for (unsigned pass = 1;; ++pass) {
       for (std::uint64_t i = 0; i < once; ++i)
-        zero[i] = zero[i] && i < pages && is_zero_page(zero_scan_, worker.bounce.data() + i * page_size);
+        zero[i] = zero[i] && i < pages &&
+                  content_of_page(zero_scan_, worker.bounce.data() + i * page_size) == PageContent::zero;
       if (pass == 2 * looks_ || std::ranges::find(zero, true) == zero.end()) break;
-      pages = read_file(worker, page, once);
+      pages = copy(once);
     }
     for (std::uint64_t i = 0; i < once; ++i)
       if (zero[i]) found_zero(worker, page + i);
     return once;
+  }
+
+  /// How many whole pages could be copied.
+  std::uint64_t copy_mapping(ContentWorker& worker, std::uint64_t page, std::uint64_t count) const {
+    const auto* const host = static_cast<const std::byte*>(mapping_.host) + page * page_size;
+    const GuestAccess copied = copy_from_guest(GuestReach::kernel, worker.bounce.data(), host, count * page_size);
+    const std::uint64_t pages = copied.done / page_size;
+    if (copied.error != 0) fail_to_access(worker, page + pages, count - pages, copied.error);
+    return pages;
+  }
+
+  void fail_to_access(ContentWorker& worker, std::uint64_t page, std::uint64_t count, int number) const {
+    MemoryError error = os_error("read guest memory", mapping_, page, count, number);
+    error.code = GuestAccess{.error = number}.code();
+    fail(worker, error);
   }
 
   /// How many whole pages could be read.
@@ -351,6 +372,7 @@ private:
   std::span<const Extent> touched_;
   ZeroScan zero_scan_;
   unsigned looks_;
+  ReadPlan in_mapping_;
   ContentBudget& budget_;
   ZeroPages& zero_pages_;
   std::vector<ContentBlock> blocks_;
@@ -424,7 +446,7 @@ static std::vector<std::unique_ptr<ContentWorker>> run(ContentWork& scan, const 
 }
 
 ContentScan scan_content(const FileMapping& mapping, Backing backing, std::span<const Extent> touched,
-                         const ContentCheckOptions& options, ContentBudget& budget, unsigned looks) {
+                         const ContentCheckOptions& options, ContentBudget& budget, unsigned looks, GuestReach reach) {
   const auto begin = Clock::now();
   ContentScan result;
   ContentCheckReport& report = result.report;
@@ -447,15 +469,14 @@ ContentScan scan_content(const FileMapping& mapping, Backing backing, std::span<
     without_looking();
     return result;
   }
-  // Opened for each check: the descriptor stays tied to the address space that opened it.
-  const Descriptor pagemap(open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC));
+  const BookFile pagemap = open_page_tables();
   if (!pagemap.is_open()) {
     report.error = os_error("open /proc/self/pagemap", mapping, 0, mapping.bytes / page_size, errno);
     without_looking();
     return result;
   }
-  ContentWork scan(mapping, other_pages(backing), pagemap.number(), touched, resolve(options.scan), looks, budget,
-                   zero_pages);
+  ContentWork scan(mapping, other_pages(backing), pagemap.number(), touched, resolve(options.scan), looks, reach,
+                   budget, zero_pages);
   const auto workers = run(scan, options);
 
   for (const auto& worker : workers) {

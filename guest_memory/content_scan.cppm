@@ -7,6 +7,7 @@ module cppvmm.guest_memory:content_scan;
 import :content_check;
 import :evidence;
 import :extents;
+import :guest_copy;
 import :region;
 
 namespace cppvmm {
@@ -41,8 +42,9 @@ inline constexpr unsigned looks_at_unwatched = 4;
 
 /// Looks at the content of `touched`, extents of pages within the mapping that are ascending, disjoint and counted from
 /// its start (see ContentCheckOptions). The mapping is of the kind that `backing` says, as check_backing found before
-/// and must find after.
+/// and must find after. What cannot be had is absent; by loads and stores, if a FaultGuard is installed.
 [[nodiscard]] ContentScan scan_content(const FileMapping& mapping, Backing backing, std::span<const Extent> touched,
-                                       const ContentCheckOptions& options, ContentBudget& budget, unsigned looks);
+                                       const ContentCheckOptions& options, ContentBudget& budget, unsigned looks,
+                                       GuestReach reach);
 
 } // namespace cppvmm

@@ -23,6 +23,8 @@ public:
   [[nodiscard]] bool is_open() const { return number_ >= 0; }
   /// The number, -1 when there is none.
   [[nodiscard]] int number() const { return number_; }
+  /// The number, which nobody closes from now on.
+  [[nodiscard]] int release() { return std::exchange(number_, -1); }
 
 private:
   int number_ = -1;

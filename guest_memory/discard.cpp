@@ -4,7 +4,6 @@ module;
 #include <cerrno>
 #include <cstddef>
 #include <cstdint>
-#include <cstdio>
 #include <expected>
 #include <fcntl.h>
 #include <functional>
@@ -15,11 +14,13 @@ module;
 #include <utility>
 module cppvmm.guest_memory:discard.impl;
 import :address;
+import :book_files;
 import :descriptor;
 import :discard;
 import :error;
 import :evidence;
 import :extents;
+import :guest_copy;
 import :page_set;
 import :proc_maps;
 import :region;
@@ -59,31 +60,25 @@ static Discarded sum(Discarded left, Discarded right) {
 
 static bool is_hugetlb(Backing backing) { return backing == Backing::hugetlb || backing == Backing::hugetlb_memfd; }
 
-/// Stores zeros, as MemoryMap stores: others may access the memory at the same time.
-static void store_zeros(std::byte* host, std::uint64_t bytes) {
-  using Word [[gnu::may_alias]] = std::uint64_t;
-  auto* const words = reinterpret_cast<Word*>(host);
-  for (std::uint64_t i = 0; i < bytes / sizeof(Word); ++i)
-    __atomic_store_n(words + i, Word{0}, __ATOMIC_RELAXED);
-}
-
 static int advise(const FileMapping& part, int advice) {
   while (madvise(host_of(part), part.bytes, advice) != 0)
     if (errno != EINTR) return errno;
   return 0;
 }
 
-/// Stores zeros, unless a page of it was lost to a memory error, for which a store would be a SIGBUS.
-static MemoryResult<void> clear_pages(const FileMapping& part) {
+/// Stores zeros, unless a page of it was lost to a memory error, for which a plain store would be a SIGBUS.
+static MemoryResult<void> clear_pages(const FileMapping& part, GuestReach reach) {
   // Whatever else it refuses, and kernels that do not know it, leave the store as it would have been.
-  if (advise(part, advice_populate) == EHWPOISON)
-    return refuse(part, "clear memory that was lost to a memory error", EHWPOISON);
-  store_zeros(host_of(part), part.bytes);
+  if (reach == GuestReach::plain && advise(part, advice_populate) == EHWPOISON)
+    return refuse(part, "clear memory that was lost to a memory error", EHWPOISON, MemoryErrc::inaccessible);
+  if (const GuestAccess cleared = clear_guest(reach, host_of(part), part.bytes); cleared.error != 0)
+    return refuse(part_of(part, cleared.done, part.bytes - cleared.done), "clear memory", cleared.error,
+                  cleared.code());
   return {};
 }
 
 /// Clears the pages for which the file has other bytes than zeros, and touches no others.
-static MemoryResult<Discarded> clear_by_file(const FileMapping& part) {
+static MemoryResult<Discarded> clear_by_file(const FileMapping& part, GuestReach reach) {
   alignas(8) std::array<std::uint64_t, 65536 / sizeof(std::uint64_t)> buffer;
   constexpr std::uint64_t words_per_page = page_size / sizeof(std::uint64_t);
   Discarded done;
@@ -99,7 +94,7 @@ static MemoryResult<Discarded> clear_by_file(const FileMapping& part) {
       if (std::all_of(first, first + words_per_page, [](std::uint64_t word) { return word == 0; })) {
         ++done.freed_pages;
       } else {
-        if (auto cleared = clear_pages(part_of(part, at + page * page_size, page_size)); !cleared)
+        if (auto cleared = clear_pages(part_of(part, at + page * page_size, page_size), reach); !cleared)
           return std::unexpected(cleared.error());
         ++done.cleared_pages;
       }
@@ -127,18 +122,19 @@ static Holders holders_of(const FileMapping& part) {
   return walked ? holders : Holders{.any = true, .fills = true};
 }
 
-static MemoryResult<Discarded> clear_all(const FileMapping& part) {
-  if (auto cleared = clear_pages(part); !cleared) return std::unexpected(cleared.error());
+static MemoryResult<Discarded> clear_all(const FileMapping& part, GuestReach reach) {
+  if (auto cleared = clear_pages(part, reach); !cleared) return std::unexpected(cleared.error());
   return Discarded{.cleared_pages = part.bytes / page_size};
 }
 
 /// What has no entry in this process's page tables, and so must be found otherwise.
 static MemoryResult<Discarded> clear_unmapped(const DiscardTarget& target, bool is_filled_on_demand) {
   const FileMapping& part = target.memory;
-  // What is missing would read what a handler brings. And of shared anonymous memory, which others may have written,
-  // there is no file to look into.
-  if (is_filled_on_demand || target.backing == Backing::shared_anonymous) return clear_all(part);
-  if (part.fd >= 0) return clear_by_file(part);
+  // What is missing would read what a handler brings. And of shared anonymous memory and a guest_memfd, which others
+  // may have written, there is no file to look into.
+  if (is_filled_on_demand || target.backing == Backing::shared_anonymous || target.backing == Backing::guest_memfd)
+    return clear_all(part, target.reach);
+  if (part.fd >= 0) return clear_by_file(part, target.reach);
   return Discarded{.freed_pages = part.bytes / page_size};
 }
 
@@ -159,7 +155,7 @@ static std::optional<ExtentList> occupied(const DiscardTarget& target) {
 static MemoryResult<Discarded> clear(const DiscardTarget& target) {
   const FileMapping& memory = target.memory;
   const auto mapped = occupied(target);
-  if (!mapped) return clear_all(memory);
+  if (!mapped) return clear_all(memory, target.reach);
   Discarded done;
   std::uint64_t at = 0;
   std::optional<bool> is_filled; // found out once for all gaps: a guest decides how many there are
@@ -176,7 +172,7 @@ static MemoryResult<Discarded> clear(const DiscardTarget& target) {
   };
   for (const Extent& extent : mapped->extents()) {
     if (auto gap = clear_gap(extent.first); !gap) return std::unexpected(gap.error());
-    const auto cleared = clear_all(part_of(memory, extent.first * page_size, extent.count * page_size));
+    const auto cleared = clear_all(part_of(memory, extent.first * page_size, extent.count * page_size), target.reach);
     if (!cleared) return cleared;
     done = sum(done, *cleared);
     at = extent.end();
@@ -199,9 +195,7 @@ static int remove_from_file(const DiscardTarget& target) {
   const int refused = advise(part, MADV_REMOVE);
   if (refused == 0 || part.fd < 0 || holders_of(part).any) return refused;
   if (target.is_fd_writable) return punch_hole(part.fd, part);
-  char path[64];
-  std::snprintf(path, sizeof path, "/proc/self/fd/%d", part.fd);
-  const Descriptor writable(open(path, O_RDWR | O_CLOEXEC));
+  const Descriptor writable = open_again(part.fd, O_RDWR | O_CLOEXEC);
   return writable.is_open() ? punch_hole(writable.number(), part) : refused;
 }
 
@@ -311,6 +305,47 @@ MemoryResult<Discarded> discard_private_file(const DiscardTarget& target, PageRa
     if (!cleared) return cleared;
     done = sum(done, *cleared);
   }
+  return done;
+}
+
+/// Makes private copies of zeros. What cannot be had is an error: the store would be a SIGBUS.
+static MemoryResult<Discarded> hide_file(const FileMapping& part, GuestReach reach) {
+  const int error = advise(part, advice_populate);
+  if (error != 0 && error != EINVAL)
+    return refuse(part, "MADV_POPULATE_WRITE of huge pages to clear", error, GuestAccess{.error = error}.code());
+  return clear_all(part, reach);
+}
+
+MemoryResult<Discarded> discard_hugetlb_private_file(const DiscardTarget& target, const ExtentList& data) {
+  // Where the file holds nothing, what is discarded reads zero as anonymous memory does.
+  DiscardTarget without_data = target;
+  without_data.backing = Backing::hugetlb;
+  without_data.memory.fd = without_data.region.fd = -1;
+  const std::uint64_t first = (target.memory.offset - target.region.offset) / page_size;
+  const std::uint64_t end = first + target.memory.bytes / page_size;
+  Discarded done;
+  std::uint64_t at = first;
+  const auto part = [&](std::uint64_t from, std::uint64_t to) {
+    return part_of(without_data, (from - first) * page_size, (to - from) * page_size);
+  };
+  const auto discard_until = [&](std::uint64_t to) -> MemoryResult<void> {
+    if (at >= to) return {};
+    const auto discarded = discard_memory(part(at, to));
+    if (!discarded) return std::unexpected(discarded.error());
+    done = sum(done, *discarded);
+    return {};
+  };
+  for (const Extent& extent : data.extents()) {
+    const std::uint64_t from = std::max(extent.first, first);
+    const std::uint64_t to = std::min(extent.end(), end);
+    if (from >= to) continue;
+    if (auto discarded = discard_until(from); !discarded) return std::unexpected(discarded.error());
+    const auto hidden = hide_file(part(from, to).memory, target.reach);
+    if (!hidden) return hidden;
+    done = sum(done, *hidden);
+    at = to;
+  }
+  if (auto discarded = discard_until(end); !discarded) return std::unexpected(discarded.error());
   return done;
 }
 

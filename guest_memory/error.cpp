@@ -26,6 +26,8 @@ static const char* text(MemoryErrc code) {
     return "the memory is not of the stated kind";
   case MemoryErrc::os:
     return "system call failed";
+  case MemoryErrc::inaccessible:
+    return "the host has no memory to give here";
   }
   return "unknown error";
 }

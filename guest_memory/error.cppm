@@ -1,7 +1,9 @@
 module;
 #include <cstdint>
 #include <expected>
+#include <stdexcept>
 #include <string>
+#include <utility>
 export module cppvmm.guest_memory:error;
 
 namespace cppvmm {
@@ -16,6 +18,7 @@ export enum class MemoryErrc : std::uint8_t {
   unavailable,      ///< The host has none of what was asked for (huge pages, a descriptor to seek in).
   wrong_nature,     ///< Adopted memory is not of the kind that the embedder stated.
   os,               ///< A system call failed; `os_error` says how.
+  inaccessible, ///< The host has no memory to give at the address; `os_error`: EFAULT, or EHWPOISON for lost memory.
 };
 
 /// An error of this module, with its data.
@@ -35,5 +38,23 @@ export struct MemoryError {
 
 export template <class T>
 using MemoryResult = std::expected<T, MemoryError>;
+
+/// A MemoryError that is thrown: what() is its message.
+export class MemoryException : public std::runtime_error {
+public:
+  explicit MemoryException(const MemoryError& error) : std::runtime_error(error.message()), error_(error) {}
+  [[nodiscard]] const MemoryError& error() const noexcept { return error_; }
+
+private:
+  MemoryError error_;
+};
+
+/// The value; throws a MemoryException where there is none. For programs that end at the first error: what
+/// std::expected::value throws has no message.
+export template <class T>
+T value_or_throw(MemoryResult<T> result) {
+  if (!result) throw MemoryException(result.error());
+  return std::move(result).value();
+}
 
 } // namespace cppvmm

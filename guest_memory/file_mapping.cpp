@@ -2,21 +2,22 @@ module;
 #include <algorithm>
 #include <cerrno>
 #include <cstdint>
-#include <cstdio>
 #include <expected>
-#include <fcntl.h>
 #include <functional>
 #include <iterator>
+#include <optional>
 #include <string>
 #include <sys/stat.h>
+#include <sys/sysmacros.h>
 #include <utility>
 #include <vector>
 module cppvmm.guest_memory:file_mapping.impl;
 import :address;
-import :descriptor;
+import :book_files;
 import :error;
 import :evidence;
 import :extents;
+import :file_data;
 import :proc_maps;
 import :survey;
 
@@ -41,10 +42,8 @@ RegionEvidence shared_anonymous_evidence(const void* host, std::uint64_t bytes, 
     }
     listed = to;
     // Only this directory leads to the file behind the mapping, and only for a privileged process.
-    char path[96];
-    std::snprintf(path, sizeof path, "/proc/self/map_files/%llx-%llx", static_cast<unsigned long long>(mapping.start),
-                  static_cast<unsigned long long>(mapping.end));
-    const Descriptor file(open(path, O_RDONLY | O_CLOEXEC));
+    const BookFile file = open_shared_memory(mapping.start, mapping.end,
+                                             makedev(mapping.device_major, mapping.device_minor), mapping.inode);
     if (!file.is_open()) {
       fail("open /proc/self/map_files", errno);
       return false;
@@ -143,7 +142,9 @@ RegionEvidence private_file_evidence(const FileMapping& mapping, EvidenceSource 
   };
   const auto before = anonymous_parts(mapping);
   if (!before) return failed(before.error());
-  RegionEvidence file = page_cache_evidence(mapping, FileChanges::never, source);
+  const bool was_read = mapping.data != nullptr;
+  RegionEvidence file =
+      was_read ? file_data_evidence(*mapping.data) : page_cache_evidence(mapping, FileChanges::never, source);
   if (file.kind == Evidence::none) return file;
   RegionEvidence copies = page_table_evidence(mapping.host, mapping.bytes, PageEntries::private_copies, source);
   if (copies.kind == Evidence::none) return copies;
@@ -154,7 +155,7 @@ RegionEvidence private_file_evidence(const FileMapping& mapping, EvidenceSource 
     for (ExtentList& list : file.touched)
       list = difference(list, anonymous);
   }
-  file.kind = Evidence::file_holes;
+  file.kind = was_read ? Evidence::file_content : Evidence::file_holes;
   std::ranges::move(copies.touched, std::back_inserter(file.touched));
   return file;
 }

@@ -18,6 +18,8 @@ import :guest_memory;
 import :memory_map;
 import :page_set;
 import :region;
+import :region_evidence;
+import :region_use;
 import :survey;
 import :touched_map;
 import :write_record;
@@ -29,27 +31,38 @@ struct GuestMemory::State {
   mutable std::mutex mutex; // of the map
   std::shared_ptr<const MemoryMap> map;
   mutable std::mutex marks_mutex; // held through discards, and taken before the other one
-  TouchedMap marks;
+  TouchedMap marks;               // bounded, for a guest may decide where devices write
   // Held while a watch or log begins or ends, which can take as long as reading all memory.
   std::mutex changing_writes;
   mutable std::mutex writes_mutex; // of the next one
   WriteKnowledge writes;
 
+  /// Whoever adds to the marks, or splits some, bounds them. To half of what is allowed, so that it is rarely done.
+  void bound_marks() {
+    if (marks.entry_count() > GuestMemory::most_marks) marks.join_neighbours(GuestMemory::most_marks / 2);
+  }
   [[nodiscard]] WriteKnowledge known_writes() const {
     const std::lock_guard lock(writes_mutex);
     return writes;
   }
-  void forget_writes(const MemoryMap& current);
+  [[nodiscard]] std::shared_ptr<const MemoryMap> snapshot() const {
+    const std::lock_guard lock(mutex);
+    return map;
+  }
+  void forget_writes();
 };
 
-/// Of regions that the map no longer has.
-void GuestMemory::State::forget_writes(const MemoryMap& current) {
-  const auto is_gone = [&](const Region& region) {
-    return std::ranges::find(current.regions(), region) == current.regions().end();
-  };
+/// Of regions that the map no longer has; after it was changed, and after a watch or log of what it had was added.
+void GuestMemory::State::forget_writes() {
   std::vector<std::shared_ptr<const WriteWatch>> ended;
   std::vector<std::unique_ptr<WriteRecord>> forgotten;
+  std::shared_ptr<const MemoryMap> current;
   const std::lock_guard lock(writes_mutex);
+  // As it is now, and not as it was when this was called: of two changes, the later one may come here first.
+  current = snapshot();
+  const auto is_gone = [&](const Region& region) {
+    return std::ranges::find(current->regions(), region) == current->regions().end();
+  };
   std::erase_if(writes.watches, [&](auto& watch) {
     if (!is_gone(watch->region())) return false;
     ended.push_back(std::move(watch));
@@ -70,19 +83,15 @@ GuestMemory::GuestMemory(MemoryMap map) : state_(std::make_unique<State>()) {
 }
 GuestMemory::~GuestMemory() = default;
 
-std::shared_ptr<const MemoryMap> GuestMemory::snapshot() const {
-  const std::lock_guard lock(state_->mutex);
-  return state_->map;
-}
+std::shared_ptr<const MemoryMap> GuestMemory::snapshot() const { return state_->snapshot(); }
 
 void GuestMemory::replace(MemoryMap map) {
   auto next = std::make_shared<const MemoryMap>(std::move(map));
-  const auto current = next;
   {
     const std::lock_guard lock(state_->mutex);
     state_->map.swap(next);
   }
-  state_->forget_writes(*current);
+  state_->forget_writes();
   // What was replaced goes here, outside the lock: unmapping its regions can take long.
 }
 
@@ -94,18 +103,18 @@ MemoryResult<void> GuestMemory::add_region(Region region) {
   return {};
 }
 
-MemoryResult<void> GuestMemory::remove_region(GuestAddress start) {
+MemoryResult<RegionUse> GuestMemory::remove_region(GuestAddress start) {
+  std::optional<RegionUse> use;
   std::shared_ptr<const MemoryMap> previous;
-  std::shared_ptr<const MemoryMap> current;
   {
     const std::lock_guard lock(state_->mutex);
     auto next = state_->map->without(start);
     if (!next) return std::unexpected(next.error());
-    current = std::make_shared<const MemoryMap>(std::move(*next));
-    previous = std::exchange(state_->map, current);
+    use = state_->map->find(start)->use();
+    previous = std::exchange(state_->map, std::make_shared<const MemoryMap>(std::move(*next)));
   }
-  state_->forget_writes(*current);
-  return {};
+  state_->forget_writes();
+  return *use;
 }
 
 /// The regions of RAM whose writes are to be known: one that starts there.
@@ -167,8 +176,12 @@ MemoryResult<void> GuestMemory::arm_write_watch(GuestAddress start, const WriteW
   auto data = data_now(*region, options.baseline);
   if (!data) return std::unexpected(data.error());
   (*watch)->set_baseline(std::move(*data));
-  const std::lock_guard lock(state_->writes_mutex);
-  state_->writes.watches.push_back(std::move(*watch));
+  {
+    const std::lock_guard lock(state_->writes_mutex);
+    state_->writes.watches.push_back(std::move(*watch));
+  }
+  // The region may have gone meanwhile.
+  state_->forget_writes();
   return {};
 }
 
@@ -203,8 +216,11 @@ MemoryResult<void> GuestMemory::begin_write_log(WriteLog log, const WriteLogOpti
     }
     kept->records.push_back(std::move(*record));
   }
-  const std::lock_guard lock(state_->writes_mutex);
-  state_->writes.log = std::move(kept);
+  {
+    const std::lock_guard lock(state_->writes_mutex);
+    state_->writes.log = std::move(kept);
+  }
+  state_->forget_writes();
   return {};
 }
 
@@ -225,11 +241,13 @@ bool GuestMemory::end_write_log() {
 void GuestMemory::mark_touched(PageRange pages, Touchers by) {
   const std::lock_guard lock(state_->marks_mutex);
   state_->marks.mark(pages, by);
+  state_->bound_marks();
 }
 
 void GuestMemory::clear_marks(PageRange pages) {
   const std::lock_guard lock(state_->marks_mutex);
   state_->marks.clear(pages);
+  state_->bound_marks();
 }
 
 TouchedMap GuestMemory::marks() const {
@@ -245,8 +263,10 @@ MemoryResult<Discarded> GuestMemory::discard(const PageSet& pages) {
   auto done = map->discard(pages);
   // Of another map, the marks may be of other memory.
   if (done && snapshot() == map)
-    for (const PageRange& range : pages.ranges())
+    for (const PageRange& range : pages.ranges()) {
       state_->marks.clear(range);
+      state_->bound_marks();
+    }
   if (done)
     for (const auto& watch : state_->known_writes().watches) {
       PageSet watched = pages;

@@ -9,6 +9,7 @@ import :error;
 import :memory_map;
 import :page_set;
 import :region;
+import :region_use;
 import :survey;
 import :touched_map;
 import :write_watch;
@@ -16,7 +17,8 @@ import :write_watch;
 namespace cppvmm {
 
 /// A guest's memory: the current MemoryMap, replaced whole while others go on with the one they hold, and what was
-/// marked as touched by hand. Safe to use from any thread.
+/// marked as touched by hand. Safe to use from any thread; a forked child makes its own, unless no other thread used
+/// this one at the fork.
 export class GuestMemory {
 public:
   GuestMemory();
@@ -31,7 +33,9 @@ public:
   void replace(MemoryMap map);
   /// Publishes the current map with one region more, or less; concurrent changes do not lose each other.
   [[nodiscard]] MemoryResult<void> add_region(Region region);
-  [[nodiscard]] MemoryResult<void> remove_region(GuestAddress start);
+  /// Who adopted the region's memory waits for the use to be over before unmapping it: accesses and surveys that began
+  /// before go on in it. not_backed where no region starts at `start`.
+  [[nodiscard]] MemoryResult<RegionUse> remove_region(GuestAddress start);
 
   /// Accesses to the current map; see MemoryMap.
   [[nodiscard]] MemoryResult<void> read(GuestAddress address, std::span<std::byte> into) const {
@@ -53,10 +57,14 @@ public:
   }
 
   /// Declares pages touched that the kernel's books may not show, such as those written by device DMA that bypasses
-  /// this process. Marks stay until clear_marks, whatever happens to the map.
+  /// this process. Marks stay until clear_marks, whatever happens to the map. Of more than `most_marks` ranges, those
+  /// with the smallest gaps between them become one, and what is in between counts as marked too, pages that were just
+  /// cleared or discarded included: none is lost.
   void mark_touched(PageRange pages, Touchers by);
   void clear_marks(PageRange pages);
   [[nodiscard]] TouchedMap marks() const;
+  /// How many ranges of marks are kept.
+  static constexpr std::size_t most_marks = std::size_t{1} << 16;
 
   /// Watches the writes to the region of RAM that starts at `start`, for memory that is all present (populated, locked,
   /// in huge pages): from now on a survey counts only those of its pages as touched that were written since, or held
@@ -101,14 +109,16 @@ public:
 
   /// Derives which pages of RAM are known to be zero, from the kernel's books and the marks (see Survey). Every page
   /// that held data before the call began is left out of `zeroed`, whoever wrote it: this process, a vCPU, or another
-  /// process that shares the memfd. Never fails: where evidence can't be had, memory counts as touched and the region's
-  /// report says why. When the map is replaced meanwhile the survey starts over, at most 3 times; after that everything
-  /// counts as touched. Costs system calls in proportion to the number of touched extents; no guest memory is touched
-  /// unless a look at its content is asked for.
+  /// process that shares the memfd. Throws std::bad_alloc, and fails in no other way: where evidence can't be had,
+  /// memory counts as touched and the region's report says why. When the map is replaced meanwhile the survey starts
+  /// over, at most 3 times; after that everything counts as touched. Costs system calls in proportion to the number of
+  /// touched extents, and where private memory may have transparent huge pages a membarrier(2), which waits some 10 ms,
+  /// once for all regions; no guest memory is touched unless a look at its content is asked for (but for a byte of each
+  /// huge page that is there, before Linux 6.7).
   ///
   /// A page that is discarded (MADV_DONTNEED, hole punched) during the call may or may not be zeroed. Before Linux 6.5,
-  /// discards of a memfd's pages by other processes during the call can also hide a page that the kernel is migrating
-  /// and that is not mapped here (docs/evidence.md).
+  /// pages of a memfd that are allocated and discarded during the call can also hide one of another process's that the
+  /// kernel is migrating and that is not mapped here (docs/evidence.md).
   ///
   /// Huge pages are looked at through a userfaultfd of the survey's own: meanwhile, another cannot be registered over
   /// them (EBUSY), and before Linux 6.7 an MADV_DONTNEED of any huge pages of the process waits. The next store to each

@@ -6,6 +6,7 @@ module;
 #include <expected>
 #include <functional>
 #include <iterator>
+#include <optional>
 #include <sys/mman.h>
 #include <sys/vfs.h>
 #include <utility>
@@ -15,6 +16,7 @@ import :address;
 import :error;
 import :evidence;
 import :extents;
+import :file_data;
 import :survey;
 import :userfault;
 
@@ -68,6 +70,19 @@ RegionEvidence hugetlb_evidence(const void* host, std::uint64_t bytes, EvidenceS
   // A write watch has it.
   if (auto entries = locked_entries(host, bytes)) return evidence_of(std::move(*entries));
   return counted;
+}
+
+// A private mapping's fault where the file has no page brings one of the process's own, which is never in the page
+// cache (mm/hugetlb.c, hugetlb_no_page: VM_MAYSHARE); a page of the file is mapped read-only, and copied at the first
+// store. Either way there is an entry, which comes and goes as that of anonymous memory. What has none reads what the
+// file has.
+RegionEvidence hugetlb_private_file_evidence(const FileMapping& mapping, EvidenceSource source) {
+  if (mapping.data == nullptr) return {};
+  RegionEvidence entries = hugetlb_evidence(mapping.host, mapping.bytes, source);
+  if (entries.kind == Evidence::none) return entries;
+  RegionEvidence file = file_data_evidence(*mapping.data);
+  std::ranges::move(entries.touched, std::back_inserter(file.touched));
+  return file;
 }
 
 MemoryResult<ExtentList> hugetlb_resident(const void* host, std::uint64_t bytes) {

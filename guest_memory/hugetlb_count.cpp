@@ -7,7 +7,6 @@ module;
 #include <cstdint>
 #include <cstdio>
 #include <expected>
-#include <fcntl.h>
 #include <functional>
 #include <memory>
 #include <optional>
@@ -21,10 +20,11 @@ module;
 #include <vector>
 module cppvmm.guest_memory:hugetlb_count.impl;
 import :address;
-import :descriptor;
+import :book_files;
 import :error;
 import :evidence;
 import :extents;
+import :memory_id;
 import :proc_maps;
 import :survey;
 import :userfault;
@@ -46,6 +46,7 @@ namespace cppvmm {
 struct HugeMapping {
   std::uint64_t start = 0;
   std::uint64_t page_bytes = 0;
+  bool is_of_file = false; ///< And not anonymous.
   std::vector<bool> found; ///< Of its huge pages: seen to be present.
 
   [[nodiscard]] std::uint64_t bytes() const { return found.size() * page_bytes; }
@@ -67,13 +68,42 @@ struct HugeMappings {
   bool has_shared = false; ///< There are some that other processes may share.
 };
 
-static MemoryResult<HugeMappings> private_huge_mappings() {
+/// A file of huge pages, as it is listed.
+struct HugeFile {
+  unsigned device_major = 0;
+  unsigned device_minor = 0;
+  std::uint64_t inode = 0;
+  friend bool operator==(const HugeFile&, const HugeFile&) = default;
+};
+
+/// Those files that private mappings in the region are of.
+static MemoryResult<std::vector<HugeFile>> files_of(const HugeRegion& region) {
+  std::vector<HugeFile> files;
+  auto walked = for_each_mapping(region.start, region.bytes, [&](const ProcMapping& mapping) {
+    const HugeFile file{mapping.device_major, mapping.device_minor, mapping.inode};
+    if (mapping.is_private && std::ranges::find(files, file) == files.end()) files.push_back(file);
+    return true;
+  });
+  if (!walked) return std::unexpected(walked.error());
+  return files;
+}
+
+/// All that is of anonymous memory or of the region's own file. Of other files it is not known that nobody punches
+/// holes in them, which takes pages out of private mappings too and tells no userfaultfd (fs/hugetlbfs/inode.c,
+/// hugetlb_vmdelete_list): pages of these are not found, so that the count does not fit.
+static MemoryResult<HugeMappings> private_huge_mappings(const HugeRegion& region) {
+  const auto files = files_of(region);
+  if (!files) return std::unexpected(files.error());
   HugeMappings mappings;
   auto walked = for_each_mapping_of_process([&](const ProcMapping& mapping) {
     if (!mapping.is_private && mapping.page_bytes > page_size) mappings.has_shared = true;
-    if (mapping.is_private && mapping.path == "/anon_hugepage (deleted)" && mapping.page_bytes > page_size)
+    const HugeFile file{mapping.device_major, mapping.device_minor, mapping.inode};
+    const bool is_anonymous = mapping.path == "/anon_hugepage (deleted)";
+    const bool is_known = is_anonymous || std::ranges::find(*files, file) != files->end();
+    if (mapping.is_private && is_known && mapping.page_bytes > page_size)
       mappings.of_process.push_back({.start = mapping.start,
                                      .page_bytes = mapping.page_bytes,
+                                     .is_of_file = !is_anonymous,
                                      .found = std::vector<bool>((mapping.end - mapping.start) / mapping.page_bytes)});
     return true;
   });
@@ -83,14 +113,12 @@ static MemoryResult<HugeMappings> private_huge_mappings() {
 
 /// The bytes of all huge pages of the process.
 static std::optional<std::uint64_t> counted_bytes() {
-  // Not of the process, whose first thread may have ended.
-  const Descriptor file(open("/proc/thread-self/status", O_RDONLY | O_CLOEXEC));
+  BookText file = open_counts();
   if (!file.is_open()) return std::nullopt;
   std::string text;
   std::array<char, 4096> buffer;
   for (;;) {
-    const ssize_t got = read(file.number(), buffer.data(), buffer.size());
-    if (got < 0 && errno == EINTR) continue;
+    const std::ptrdiff_t got = file.read(buffer.data(), buffer.size());
     if (got < 0) return std::nullopt;
     if (got == 0) break;
     text.append(buffer.data(), static_cast<std::size_t>(got));
@@ -114,7 +142,7 @@ static std::expected<std::vector<bool>, int> read_each(std::span<const std::uint
     for (std::size_t i = 0; i < count; ++i)
       there[i] = {.iov_base = reinterpret_cast<void*>(pages[at + i]), .iov_len = 1};
     const iovec here{.iov_base = bytes.data(), .iov_len = count};
-    const ssize_t got = process_vm_readv(getpid(), &here, 1, there.data(), count, 0);
+    const ssize_t got = process_vm_readv(gettid(), &here, 1, there.data(), count, 0);
     if (got < 0 && errno != EFAULT) return std::unexpected(errno);
     const std::size_t read = got < 0 ? 0 : static_cast<std::size_t>(got);
     std::fill_n(can_be_read.begin() + static_cast<std::ptrdiff_t>(at), read, true);
@@ -136,7 +164,7 @@ static int read_found(const std::vector<HugeMapping>& mappings) {
 }
 
 /// Looks for pages that were not found so far, and reads them: 0, or errno.
-static int find_more(std::vector<HugeMapping>& mappings) {
+static int find_more(int pagemap, std::vector<HugeMapping>& mappings) {
   std::vector<std::uint64_t> pages;
   for (HugeMapping& mapping : mappings) {
     pages.clear();
@@ -146,7 +174,13 @@ static int find_more(std::vector<HugeMapping>& mappings) {
       if (mapping.found[i]) continue;
       // What is in migration counts here, and markers do not.
       if (mincore(reinterpret_cast<void*>(address), page_size, &is_resident) != 0) return errno;
-      if ((is_resident & 1) != 0) pages.push_back(address);
+      if ((is_resident & 1) == 0) continue;
+      // Of a file that is not the process's to write, mincore(2) says that all of it is there (mm/mincore.c,
+      // can_do_mincore), and what is not would be allocated by being read.
+      std::uint64_t entry = pagemap_present;
+      if (mapping.is_of_file)
+        if (const int error = read_pagemap(pagemap, address, std::span(&entry, 1))) return error;
+      if ((entry & pagemap_present) != 0) pages.push_back(address);
     }
     const auto read = read_each(pages);
     if (!read) return read.error();
@@ -188,15 +222,17 @@ static RegionEvidence failed(const HugeRegion& region, const char* operation, in
   return result;
 }
 
-/// Who has loaded this. A process that was forked since has another number.
-static const pid_t loaded_by = getpid();
+/// The memory that this was loaded in. A process that was forked since has another.
+static const std::uint64_t loaded_in = memory_id();
 
 RegionEvidence hugetlb_count_evidence(const void* host, std::uint64_t bytes) {
   const HugeRegion region{reinterpret_cast<std::uintptr_t>(host), bytes};
-  if (getpid() != loaded_by) return failed(region, "count huge pages in a forked process", 0);
-  auto mappings = private_huge_mappings();
+  if (loaded_in == 0 || memory_id() != loaded_in) return failed(region, "count huge pages in a forked process", 0);
+  auto mappings = private_huge_mappings(region);
   if (!mappings) return failed(region, "read /proc/self/smaps", mappings.error().os_error);
   if (mappings->has_shared) return failed(region, "count private huge pages beside shared ones", 0);
+  const BookFile pagemap = open_page_tables();
+  if (!pagemap.is_open()) return failed(region, "open /proc/self/pagemap", errno);
   auto userfault = Userfault::open(UserfaultUse::held_discards);
   if (!userfault) return failed(region, userfault.error().operation, userfault.error().os_error);
   std::vector<HugeMapping> held;
@@ -210,15 +246,20 @@ RegionEvidence hugetlb_count_evidence(const void* host, std::uint64_t bytes) {
   }
 
   constexpr int passes = 32;
+  // A count that is wrong for good must not cost all of them each time.
+  constexpr int most_alike = 8;
   std::uint64_t found = 0;
   std::optional<std::uint64_t> counted;
-  for (int pass = 0; pass < passes && counted != found; ++pass) {
+  int alike = 0;
+  for (int pass = 0; pass < passes && alike < most_alike && counted != found; ++pass) {
     // Who has cleared an entry to set it again may wait for a processor.
-    if (pass > 1) std::this_thread::sleep_for(std::chrono::microseconds(100));
-    if (const int error = find_more(held)) return failed(region, "a look at huge pages in page tables", error);
-    found = found_bytes(held);
-    counted = counted_bytes();
+    if (pass > 1) std::this_thread::sleep_for(std::chrono::microseconds(alike == 0 ? 100 : 400));
+    if (const int error = find_more(pagemap.number(), held))
+      return failed(region, "a look at huge pages in page tables", error);
+    const std::uint64_t found_before = std::exchange(found, found_bytes(held));
+    const auto counted_before = std::exchange(counted, counted_bytes());
     if (!counted) return failed(region, "HugetlbPages in /proc/thread-self/status", 0);
+    alike = found == found_before && counted == counted_before ? alike + 1 : 0;
   }
   if (counted != found) {
     RegionEvidence result = failed(region, "find as many huge pages as the process has", 0);
@@ -227,6 +268,10 @@ RegionEvidence hugetlb_count_evidence(const void* host, std::uint64_t bytes) {
   }
   // They were there all the time, if they are now.
   if (const int error = read_found(held)) return failed(region, "process_vm_readv of huge pages", error);
+  // Shared ones that came meanwhile may have changed the count.
+  const auto again = private_huge_mappings(region);
+  if (!again) return failed(region, "read /proc/self/smaps", again.error().os_error);
+  if (again->has_shared) return failed(region, "count private huge pages beside shared ones", 0);
   const bool is_held = std::ranges::all_of(
       held, [&](const HugeMapping& mapping) { return userfault->holds(mapping.start, mapping.bytes()); });
   if (!is_held) return failed(region, "huge pages that were unmapped meanwhile", 0);

@@ -1,9 +1,7 @@
 module;
 #include <algorithm>
-#include <bit>
 #include <cstddef>
 #include <cstdint>
-#include <cstring>
 #include <expected>
 #include <iterator>
 #include <optional>
@@ -14,72 +12,12 @@ module;
 module cppvmm.guest_memory:memory_map.impl;
 import :address;
 import :error;
+import :guest_copy;
 import :memory_map;
 import :page_set;
 import :region;
 
 namespace cppvmm {
-
-// Guest memory is copied through relaxed atomics of the widest aligned size: the guest writes at the same time.
-
-template <class Word>
-static void load_word(std::byte*& into, const std::byte*& guest) {
-  using Aliasing [[gnu::may_alias]] = Word;
-  const Word word = __atomic_load_n(reinterpret_cast<const Aliasing*>(guest), __ATOMIC_RELAXED);
-  std::memcpy(into, &word, sizeof word);
-  into += sizeof word;
-  guest += sizeof word;
-}
-
-template <class Word>
-static void store_word(std::byte*& guest, const std::byte*& from) {
-  Word word;
-  std::memcpy(&word, from, sizeof word);
-  using Aliasing [[gnu::may_alias]] = Word;
-  __atomic_store_n(reinterpret_cast<Aliasing*>(guest), word, __ATOMIC_RELAXED);
-  from += sizeof word;
-  guest += sizeof word;
-}
-
-/// Calls `step` with a zero of the type to access next: the widest that is aligned at `guest` and fits.
-template <class Step>
-static void for_each_word(const std::byte* const& guest, std::size_t bytes, Step step) {
-  while (bytes > 0) {
-    const auto address = reinterpret_cast<std::uintptr_t>(guest);
-    const std::size_t aligned = std::size_t{1} << std::min(std::countr_zero(address), 3);
-    const std::size_t size = std::min(aligned, std::bit_floor(bytes));
-    switch (size) {
-    case 8:
-      for (std::size_t words = bytes / 8; words > 0; --words)
-        step(std::uint64_t{});
-      bytes %= 8;
-      continue;
-    case 4:
-      step(std::uint32_t{});
-      break;
-    case 2:
-      step(std::uint16_t{});
-      break;
-    default:
-      step(std::uint8_t{});
-      break;
-    }
-    bytes -= size;
-  }
-}
-
-static void copy_from_guest(std::byte* into, const std::byte* guest, std::size_t bytes) {
-  for_each_word(guest, bytes, [&]<class Word>(Word) { load_word<Word>(into, guest); });
-}
-
-static void copy_to_guest(std::byte* guest_at, const std::byte* from, std::size_t bytes) {
-  std::byte* guest = guest_at;
-  const std::byte* position = guest;
-  for_each_word(position, bytes, [&]<class Word>(Word) {
-    store_word<Word>(guest, from);
-    position = guest;
-  });
-}
 
 /// Where the bytes of a region are: in a file, or at an address.
 struct HostPlace {
@@ -184,7 +122,11 @@ MemoryResult<void> MemoryMap::for_each_part(GuestAddress address, std::uint64_t 
     const std::uint64_t part = std::min(bytes - done, region->bytes() - offset);
     // Before the bytes change: a survey that begins after they did finds the record.
     if (access == Access::write || access == Access::load) region->record_write(offset, part);
-    copy(static_cast<std::byte*>(region->host_address()) + offset, done, part);
+    const GuestAccess result = copy(*region, static_cast<std::byte*>(region->host_address()) + offset, done, part);
+    if (result.error != 0) {
+      error.os_error = result.error;
+      return refuse(result.code(), GuestAddress(at.value() + result.done), done + result.done);
+    }
     done += part;
   }
   return {};
@@ -192,26 +134,30 @@ MemoryResult<void> MemoryMap::for_each_part(GuestAddress address, std::uint64_t 
 
 MemoryResult<void> MemoryMap::read(GuestAddress address, std::span<std::byte> into) const {
   return for_each_part(address, into.size(), Access::read, "MemoryMap::read",
-                       [&](const std::byte* host, std::uint64_t done, std::uint64_t part) {
-                         copy_from_guest(into.data() + done, host, part);
+                       [&](const Region& region, const std::byte* host, std::uint64_t done, std::uint64_t part) {
+                         return copy_from_guest(reach_of(region.is_adopted()), into.data() + done, host, part);
                        });
 }
 
 MemoryResult<void> MemoryMap::write(GuestAddress address, std::span<const std::byte> from) const {
-  return for_each_part(
-      address, from.size(), Access::write, "MemoryMap::write",
-      [&](std::byte* host, std::uint64_t done, std::uint64_t part) { copy_to_guest(host, from.data() + done, part); });
+  return for_each_part(address, from.size(), Access::write, "MemoryMap::write",
+                       [&](const Region& region, std::byte* host, std::uint64_t done, std::uint64_t part) {
+                         return copy_to_guest(reach_of(region.is_adopted()), host, from.data() + done, part);
+                       });
 }
 
 MemoryResult<void> MemoryMap::load(GuestAddress address, std::span<const std::byte> from) const {
-  return for_each_part(
-      address, from.size(), Access::load, "MemoryMap::load",
-      [&](std::byte* host, std::uint64_t done, std::uint64_t part) { copy_to_guest(host, from.data() + done, part); });
+  return for_each_part(address, from.size(), Access::load, "MemoryMap::load",
+                       [&](const Region& region, std::byte* host, std::uint64_t done, std::uint64_t part) {
+                         return copy_to_guest(reach_of(region.is_adopted()), host, from.data() + done, part);
+                       });
 }
 
 MemoryResult<void> MemoryMap::check_write(GuestAddress address, std::uint64_t bytes) const {
   return for_each_part(address, bytes, Access::check_write, "MemoryMap::check_write",
-                       [](std::byte*, std::uint64_t, std::uint64_t) {});
+                       [](const Region& region, std::byte* host, std::uint64_t, std::uint64_t part) {
+                         return region.is_adopted() ? probe_guest(host, part) : GuestAccess{.done = part};
+                       });
 }
 
 /// The part of a range that one region has.

@@ -28,6 +28,17 @@ concept GuestValue = std::is_trivially_copyable_v<T> && std::is_trivially_defaul
 /// guest which writes at the same time can tear a value but not break this program; a naturally aligned access of 1,
 /// 2, 4 or 8 bytes is not torn. What fails: not_backed, out_of_range and, for `write`, read_only; the error says where,
 /// and in `completed` how many bytes went before.
+///
+/// Adopted memory is copied by the kernel (process_vm_readv, process_vm_writev; by a pipe where these are forbidden or
+/// do not reach, as for device memory), for an embedder may protect, truncate or unmap it, and the host may lose it:
+/// there an access fails with inaccessible, at the address of the first byte that could not be had, and all bytes
+/// before it were transferred. That costs a system call or two, and does not keep the promise about tearing: the kernel
+/// copies as it likes. It does not go through a userfaultfd that handles faults of user mode alone. While a FaultGuard
+/// is there, adopted memory is accessed as all other is, with the same errors.
+///
+/// Memory that a region made itself bites only where the host has none left: a memory error, a pool of huge pages that
+/// others emptied after a discard, a snapshot's file that somebody truncated against the promise. That is a SIGBUS
+/// without a FaultGuard, and inaccessible with one.
 export class MemoryMap {
 public:
   MemoryMap() = default;
@@ -52,6 +63,8 @@ public:
   /// On behalf of the VMM, ROM included: firmware, kernels, tables.
   [[nodiscard]] MemoryResult<void> load(GuestAddress address, std::span<const std::byte> from) const;
   /// Whether `write` of that many bytes would succeed now; the error is the one that it would give, nothing is written.
+  /// Of adopted memory the kernel is asked, by a store to each page that changes nothing: they count as touched then,
+  /// as the write would have made them. Of memory of our own, that it is there is not looked at.
   [[nodiscard]] MemoryResult<void> check_write(GuestAddress address, std::uint64_t bytes) const;
 
   /// Region::discard of a range or set of pages, which may cross regions. not_backed, read_only or unavailable, with

@@ -137,8 +137,10 @@ public:
 
   /// By its file system.
   [[nodiscard]] DataPlace data_place() const {
+    // A device's node is a file of devtmpfs, and its data is not there.
+    struct stat status{};
     struct statfs system{};
-    if (fstatfs(fd_, &system) != 0) return DataPlace::unknown;
+    if (fstat(fd_, &status) != 0 || !S_ISREG(status.st_mode) || fstatfs(fd_, &system) != 0) return DataPlace::unknown;
     switch (system.f_type) {
     case TMPFS_MAGIC:
       return DataPlace::memory;
@@ -155,10 +157,16 @@ private:
   int fd_;
 };
 
+/// What it means that a slot of the page cache is occupied.
+enum class OccupiedSlots : std::uint8_t {
+  are_looked_at, ///< Something is there: what it is, is read.
+  are_data,
+};
+
 /// Confirms with cachestat that holes are holes, in ascending order, and collects the pages that are none.
 class HoleCheck {
 public:
-  explicit HoleCheck(const FilePages& file) : file_(file) {}
+  HoleCheck(const FilePages& file, OccupiedSlots occupied) : file_(file), occupied_(occupied) {}
 
   std::optional<SystemError> confirm(Extent hole) {
     std::vector<Extent> open = {hole};
@@ -190,6 +198,10 @@ private:
   /// Every slot of the range is occupied, by pages that SEEK_DATA skipped: allocated and never written, being migrated,
   /// or written since.
   std::optional<SystemError> settle(Extent range) {
+    if (occupied_ == OccupiedSlots::are_data) {
+      data_.add(range);
+      return std::nullopt;
+    }
     if (range.count > readable_) {
       leave(range);
       return std::nullopt;
@@ -214,6 +226,7 @@ private:
 
   static constexpr std::uint64_t block = 16; // pages read at a time, and counted as touched together if one is
   const FilePages& file_;
+  OccupiedSlots occupied_;
   ExtentList data_;
   std::uint64_t steps_ = 100'000;    // cachestat calls to find the occupied slots
   std::uint64_t readable_ = 1 << 18; // pages to read: 1 GiB, a fraction of a second
@@ -240,7 +253,7 @@ static std::optional<SystemError> for_each_hole(Extent range, const ExtentList& 
 
 static std::optional<SystemError> confirm_by_cachestat(const FilePages& file, DataPlace place, Extent range,
                                                        FileEvidence& found) {
-  HoleCheck check(file);
+  HoleCheck check(file, OccupiedSlots::are_looked_at);
   ExtentList data;
   if (auto error = file.add_data(range, data)) return error;
   if (auto error = for_each_hole(range, data, [&](Extent hole) { return check.confirm(hole); })) return error;
@@ -298,6 +311,8 @@ static std::optional<SystemError> confirm_by_blocks(const FileMapping& mapping, 
   return std::nullopt;
 }
 
+bool shows_holes(int fd) { return FilePages(fd).data_place() != DataPlace::unknown; }
+
 RegionEvidence page_cache_evidence(const FileMapping& mapping, FileChanges changes, EvidenceSource source) {
   const FilePages file(mapping.fd);
   const DataPlace place = file.data_place();
@@ -336,6 +351,30 @@ RegionEvidence page_cache_evidence(const FileMapping& mapping, FileChanges chang
     list.shift_down(range.first);
     result.touched.push_back(std::move(list));
   }
+  return result;
+}
+
+// All that a guest_memfd holds, whoever wrote it, is in the page cache of its inode, and there is nothing else: no
+// disk, no swap. A page that is there stays, at the same place: it is not migrated (kvm_gmem_migrate_folio, and the
+// mapping is unmovable), not written back, and a memory error leaves it where it is (kvm_gmem_error_folio). Only a hole
+// that is punched takes it away (virt/kvm/guest_memfd.c of Linux 6.18).
+RegionEvidence guest_memfd_evidence(const FileMapping& mapping) {
+  RegionEvidence result;
+  const FilePages file(mapping.fd);
+  const Extent range{mapping.offset / page_size, mapping.bytes / page_size};
+  HoleCheck check(file, OccupiedSlots::are_data);
+  if (const auto error = check.confirm(range)) {
+    result.error = MemoryError{.code = MemoryErrc::os,
+                               .address = reinterpret_cast<std::uintptr_t>(mapping.host),
+                               .length = mapping.bytes,
+                               .os_error = error->os_error,
+                               .operation = error->operation};
+    return result;
+  }
+  result.kind = Evidence::page_cache;
+  result.unaccounted_pages = check.unaccounted_pages();
+  result.touched.push_back(check.take_data());
+  result.touched.back().shift_down(range.first);
   return result;
 }
 

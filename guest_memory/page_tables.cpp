@@ -4,18 +4,21 @@ module;
 #include <cstddef>
 #include <cstdint>
 #include <expected>
-#include <fcntl.h>
 #include <linux/ioctl.h>
 #include <optional>
+#include <span>
 #include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <type_traits>
 #include <unistd.h>
 #include <vector>
 module cppvmm.guest_memory:page_tables.impl;
 import :address;
-import :descriptor;
+import :book_files;
 import :error;
 import :evidence;
 import :extents;
+import :markers;
 import :survey;
 
 namespace cppvmm {
@@ -60,10 +63,6 @@ static RegionEvidence no_evidence(const char* operation, std::uint64_t host, std
   return result;
 }
 
-/// /proc/self/pagemap. Opened for each look: the descriptor stays tied to the address space that opened it, and this
-/// process may be a fork of the one that opened an earlier one.
-static Descriptor open_pagemap() { return Descriptor(open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC)); }
-
 /// What a scan looks for: page is a match if its categories, those of `inverted` turned over, hold all of `all_of` and
 /// one of `any_of`.
 struct ScanFor {
@@ -71,9 +70,11 @@ struct ScanFor {
   std::uint64_t all_of = 0;
   std::uint64_t any_of = 0;
   std::uint64_t flags = 0;
+  std::uint64_t told = 0; ///< Categories by which runs are told apart, besides those of `any_of`.
 };
 
-/// Calls `found` for each run of matching pages, ascending, in pages from `host` on.
+/// Calls `found` for each run of matching pages, ascending, in pages from `host` on; with its categories, if it takes
+/// them.
 template <class Found>
 static std::optional<MemoryError> scan_pages(int pagemap, std::uint64_t host, std::uint64_t bytes, const ScanFor& what,
                                              Found found) {
@@ -90,7 +91,7 @@ static std::optional<MemoryError> scan_pages(int pagemap, std::uint64_t host, st
     scan.category_inverted = what.inverted;
     scan.category_mask = what.all_of;
     scan.category_anyof_mask = what.any_of;
-    scan.return_mask = what.any_of;
+    scan.return_mask = what.any_of | what.told;
     const int count = ioctl(pagemap, pagemap_scan_request, &scan);
     if (count < 0) {
       if (errno == EINTR) continue;
@@ -98,8 +99,13 @@ static std::optional<MemoryError> scan_pages(int pagemap, std::uint64_t host, st
           .code = MemoryErrc::os, .address = at, .length = end - at, .os_error = errno, .operation = "PAGEMAP_SCAN"};
     }
     const auto filled = std::min(static_cast<std::size_t>(count), regions.size());
-    for (std::size_t i = 0; i < filled; ++i)
-      found(Extent{(regions[i].start - host) / page_size, (regions[i].end - regions[i].start) / page_size});
+    for (std::size_t i = 0; i < filled; ++i) {
+      const Extent run{(regions[i].start - host) / page_size, (regions[i].end - regions[i].start) / page_size};
+      if constexpr (std::is_invocable_v<Found, Extent, std::uint64_t>)
+        found(run, regions[i].categories);
+      else
+        found(run);
+    }
     // Room left in the vector: the end was reached. walk_end does not tell, for it can be stale. Otherwise everything
     // below the end of the last region has been reported.
     if (filled < regions.size()) break;
@@ -108,14 +114,82 @@ static std::optional<MemoryError> scan_pages(int pagemap, std::uint64_t host, st
   return std::nullopt;
 }
 
+/// Of one page table: 0, or errno.
+static int read_table(int pagemap, std::uint64_t page, std::span<std::uint64_t> entries) {
+  constexpr int most_attempts = 64;
+  for (int attempt = 0; attempt < most_attempts; ++attempt) {
+    const ssize_t got =
+        pread(pagemap, entries.data(), entries.size_bytes(), static_cast<off_t>(page * sizeof(std::uint64_t)));
+    if (got == static_cast<ssize_t>(entries.size_bytes())) return 0;
+    if (got < 0 && errno != EINTR) return errno;
+  }
+  return EAGAIN;
+}
+
+int read_pagemap(int pagemap, std::uint64_t address, std::span<std::uint64_t> entries) {
+  constexpr std::uint64_t entries_of_table = 512;
+  for (std::uint64_t page = address / page_size; !entries.empty();) {
+    const auto part =
+        entries.first(std::min<std::uint64_t>(entries.size(), entries_of_table - page % entries_of_table));
+    if (const int error = read_table(pagemap, page, part)) return error;
+    page += part.size();
+    entries = entries.subspan(part.size());
+  }
+  return 0;
+}
+
+/// Calls `visit` for each page of `pages`, ascending, with its entry.
+template <class Visit>
+static std::optional<MemoryError> for_each_entry(int pagemap, std::uint64_t host, Extent pages, Visit visit) {
+  constexpr std::uint64_t at_a_time = 32768;
+  std::vector<std::uint64_t> room(std::min(pages.count, at_a_time));
+  for (std::uint64_t page = pages.first; page < pages.end(); page += at_a_time) {
+    const auto entries = std::span(room).first(std::min(at_a_time, pages.end() - page));
+    if (const int error = read_pagemap(pagemap, host + page * page_size, entries))
+      return no_evidence("read /proc/self/pagemap", host, pages.end() * page_size, error).error;
+    for (std::uint64_t i = 0; i < entries.size(); ++i)
+      visit(page + i, entries[i]);
+  }
+  return std::nullopt;
+}
+
+/// Adds those of `pages` that are something else than write protection of no page. Each that is left out was so at the
+/// moment when its entry was read.
+static std::optional<MemoryError> add_unmarked(int pagemap, std::uint64_t host, const ExtentList& pages,
+                                               ExtentList& touched) {
+  const auto marker = pages.extents().empty() ? std::nullopt : write_protect_marker(pagemap);
+  for (const Extent& extent : pages.extents()) {
+    if (!marker) {
+      touched.add(extent);
+      continue;
+    }
+    auto error = for_each_entry(pagemap, host, extent, [&](std::uint64_t page, std::uint64_t entry) {
+      if (!is_marker(entry, *marker)) touched.add({page, 1});
+    });
+    if (error) return error;
+  }
+  return std::nullopt;
+}
+
 static RegionEvidence scan(int pagemap, std::uint64_t host, std::uint64_t bytes, PageEntries entries) {
   RegionEvidence result;
   result.kind = Evidence::page_tables_scan;
-  ExtentList& touched = result.touched.emplace_back();
+  ExtentList touched;
   // An entry of any kind, but for the shared zero page: what is swapped out or being migrated shows as swapped.
   const std::uint64_t without = page_is_pfnzero | (entries == PageEntries::private_copies ? page_is_file : 0);
-  const ScanFor what{.inverted = without, .all_of = without, .any_of = page_is_present | page_is_swapped};
-  if (auto error = scan_pages(pagemap, host, bytes, what, [&](Extent extent) { touched.add(extent); })) {
+  const ScanFor what{
+      .inverted = without, .all_of = without, .any_of = page_is_present | page_is_swapped, .told = page_is_written};
+  // Write-protected, and not present: swapped out, being moved, broken, or no page at all.
+  ExtentList absent;
+  auto error = scan_pages(pagemap, host, bytes, what, [&](Extent extent, std::uint64_t categories) {
+    const bool may_be_marker = entries != PageEntries::all && (categories & (page_is_present | page_is_written)) == 0;
+    (may_be_marker ? absent : touched).add(extent);
+  });
+  ExtentList unmarked;
+  if (!error) error = add_unmarked(pagemap, host, absent, unmarked);
+  result.touched.push_back(std::move(touched));
+  if (!unmarked.extents().empty()) result.touched.push_back(std::move(unmarked));
+  if (error) {
     result.kind = Evidence::none;
     result.touched.clear();
     result.error = error;
@@ -125,7 +199,7 @@ static RegionEvidence scan(int pagemap, std::uint64_t host, std::uint64_t bytes,
 
 MemoryResult<ExtentList> written_pages(const void* host, std::uint64_t bytes) {
   const auto start = reinterpret_cast<std::uintptr_t>(host);
-  const Descriptor pagemap = open_pagemap();
+  const BookFile pagemap = open_page_tables();
   if (!pagemap.is_open()) return std::unexpected(*no_evidence("open /proc/self/pagemap", start, bytes, errno).error);
   // Asked for what is unwritten, not for what is written: of shared memory, the entry of a page that was written can be
   // gone, while one that was not keeps its protection (as a marker, which counts as swapped).
@@ -167,7 +241,7 @@ static std::optional<MemoryError> scan_locked(int pagemap, std::uint64_t host, E
 
 MemoryResult<ExtentList> locked_entries(const void* host, std::uint64_t bytes) {
   const auto start = reinterpret_cast<std::uintptr_t>(host);
-  const Descriptor pagemap = open_pagemap();
+  const BookFile pagemap = open_page_tables();
   if (!pagemap.is_open()) return std::unexpected(*no_evidence("open /proc/self/pagemap", start, bytes, errno).error);
   // Where there is no page table, a scan that takes locks would take one twice and wait for itself for ever. Nothing
   // needs to be locked there: a page table comes with the first page, and stays as long as the mapping.
@@ -189,31 +263,102 @@ MemoryResult<ExtentList> locked_entries(const void* host, std::uint64_t bytes) {
   return occupied;
 }
 
+static bool counts(std::uint64_t entry, PageEntries counted) {
+  switch (counted) {
+  case PageEntries::private_copies:
+    if ((entry & pagemap_file) != 0) return false;
+    break;
+  case PageEntries::all:
+  case PageEntries::pages:
+    break;
+  }
+  return (entry & (pagemap_present | pagemap_swapped)) != 0;
+}
+
 static RegionEvidence read_entries(int pagemap, std::uint64_t host, std::uint64_t bytes, PageEntries counted) {
   RegionEvidence result;
   result.kind = Evidence::page_tables_read;
   ExtentList& touched = result.touched.emplace_back();
-  std::vector<std::uint64_t> entries(std::min<std::uint64_t>(bytes / page_size, 65536));
-  for (std::uint64_t page = 0; page < bytes / page_size;) {
-    const std::uint64_t wanted = std::min<std::uint64_t>(entries.size(), bytes / page_size - page);
-    const auto offset = static_cast<off_t>((host / page_size + page) * sizeof(std::uint64_t));
-    const ssize_t got = pread(pagemap, entries.data(), wanted * sizeof(std::uint64_t), offset);
-    if (got < 0 && errno == EINTR) continue;
-    if (got < static_cast<ssize_t>(sizeof(std::uint64_t)))
-      return no_evidence("read /proc/self/pagemap", host, bytes, got < 0 ? errno : 0);
-    const auto complete = static_cast<std::uint64_t>(got) / sizeof(std::uint64_t);
-    for (std::uint64_t i = 0; i < complete; ++i)
-      if ((entries[i] & (pagemap_present | pagemap_swapped)) != 0 &&
-          (counted == PageEntries::all || (entries[i] & pagemap_file) == 0))
-        touched.add({page + i, 1});
-    page += complete;
+  // Looked up when there is something that may be one.
+  std::optional<std::optional<std::uint64_t>> marker;
+  const auto is_marked = [&](std::uint64_t entry) {
+    if (counted == PageEntries::all || (entry & pagemap_write_protected) == 0) return false;
+    if (!marker) marker = write_protect_marker(pagemap);
+    return *marker && is_marker(entry, **marker);
+  };
+  const auto error =
+      for_each_entry(pagemap, host, {0, bytes / page_size}, [&](std::uint64_t page, std::uint64_t entry) {
+        if (counts(entry, counted) && !is_marked(entry)) touched.add({page, 1});
+      });
+  if (!error) return result;
+  RegionEvidence refused;
+  refused.error = error;
+  return refused;
+}
+
+/// Entries of no page, by whether they are write-protected.
+struct NoPages {
+  ExtentList plain;
+  ExtentList guarded;
+};
+
+static std::optional<MemoryError> find_no_pages(int pagemap, std::uint64_t host, std::uint64_t bytes,
+                                                EvidenceSource source, NoPages& found) {
+  const ScanFor absent{.inverted = page_is_present,
+                       .all_of = page_is_present | page_is_swapped,
+                       .any_of = page_is_swapped,
+                       .told = page_is_written};
+  const auto add = [&](Extent extent, std::uint64_t categories) {
+    ((categories & page_is_written) != 0 ? found.plain : found.guarded).add(extent);
+  };
+  if (source == EvidenceSource::automatic && !scan_pages(pagemap, host, bytes, absent, add)) return std::nullopt;
+  found.plain = ExtentList();
+  found.guarded = ExtentList();
+  return for_each_entry(pagemap, host, {0, bytes / page_size}, [&](std::uint64_t page, std::uint64_t entry) {
+    if ((entry & (pagemap_present | pagemap_swapped)) == pagemap_swapped)
+      add({page, 1}, (entry & pagemap_write_protected) != 0 ? 0 : page_is_written);
+  });
+}
+
+/// Those of write-protected entries that may be more than the memory of that. A page that was lost to a memory error
+/// can be protected too (mm/mprotect.c, change_pte_range), and mincore(2) takes its entry for a page. A marker is none
+/// to it where the page cache has no page there (mm/mincore.c, mincore_pte_range and mincore_hugetlb); where it has
+/// one, the entry itself tells those who may see it. What cannot be told counts.
+static std::optional<MemoryError> add_lost(int pagemap, std::uint64_t host, const ExtentList& guarded,
+                                           ExtentList& lost) {
+  ExtentList resident;
+  std::vector<unsigned char> flags;
+  for (const Extent& extent : guarded.extents()) {
+    for (std::uint64_t page = extent.first; page < extent.end();) {
+      const std::uint64_t count = std::min<std::uint64_t>(extent.end() - page, 65536);
+      flags.resize(std::max<std::size_t>(flags.size(), count));
+      if (mincore(reinterpret_cast<void*>(host + page * page_size), count * page_size, flags.data()) != 0)
+        resident.add({page, count});
+      else
+        for (std::uint64_t i = 0; i < count; ++i)
+          if ((flags[i] & 1) != 0) resident.add({page + i, 1});
+      page += count;
+    }
   }
-  return result;
+  return add_unmarked(pagemap, host, resident, lost);
+}
+
+MemoryResult<std::vector<ExtentList>> broken_entries(const void* host, std::uint64_t bytes, EvidenceSource source) {
+  const auto start = reinterpret_cast<std::uintptr_t>(host);
+  const BookFile pagemap = open_page_tables();
+  if (!pagemap.is_open()) return std::unexpected(*no_evidence("open /proc/self/pagemap", start, bytes, errno).error);
+  NoPages found;
+  if (const auto error = find_no_pages(pagemap.number(), start, bytes, source, found)) return std::unexpected(*error);
+  std::vector<ExtentList> lists;
+  lists.push_back(std::move(found.plain));
+  if (const auto error = add_lost(pagemap.number(), start, found.guarded, lists.emplace_back()))
+    return std::unexpected(*error);
+  return lists;
 }
 
 RegionEvidence page_table_evidence(const void* host, std::uint64_t bytes, PageEntries entries, EvidenceSource source) {
   const auto start = reinterpret_cast<std::uintptr_t>(host);
-  const Descriptor pagemap = open_pagemap();
+  const BookFile pagemap = open_page_tables();
   if (!pagemap.is_open()) return no_evidence("open /proc/self/pagemap", start, bytes, errno);
   RegionEvidence result;
   if (source == EvidenceSource::automatic) result = scan(pagemap.number(), start, bytes, entries);

@@ -1,50 +1,44 @@
 module;
 #include <algorithm>
+#include <array>
 #include <cerrno>
+#include <cstddef>
 #include <cstdint>
 #include <cstdio>
-#include <cstdlib>
 #include <expected>
 #include <functional>
-#include <memory>
 #include <string>
 #include <string_view>
 module cppvmm.guest_memory:proc_maps.impl;
+import :book_files;
 import :error;
 import :proc_maps;
 
 namespace cppvmm {
 
-struct CloseFile {
-  void operator()(std::FILE* file) const { std::fclose(file); }
-};
-
-/// What getline(3) reads into: it is freed whatever a visitor throws.
-struct LineBuffer {
-  LineBuffer() = default;
-  LineBuffer(const LineBuffer&) = delete;
-  LineBuffer& operator=(const LineBuffer&) = delete;
-  ~LineBuffer() { std::free(line); }
-
-  char* line = nullptr;
-  std::size_t capacity = 0;
-};
-
-/// Calls `visit` for each line, without its newline, until it returns false.
-static MemoryResult<void> for_each_line(const char* path, const std::function<bool(const char*)>& visit) {
+/// Calls `visit` for each line, without its newline, until it returns false; for none while another thread reads.
+/// `visit` must not read any other text of the kernel's.
+static MemoryResult<void> for_each_line(const std::function<bool(const char*)>& visit) {
   const auto failed = [&](const char* operation) {
     return std::unexpected(MemoryError{.code = MemoryErrc::os, .os_error = errno, .operation = operation});
   };
-  const std::unique_ptr<std::FILE, CloseFile> file(std::fopen(path, "re"));
-  if (!file) return failed("open /proc/self/smaps");
-  LineBuffer buffer;
-  errno = 0;
-  bool more = true;
-  while (more && getline(&buffer.line, &buffer.capacity, file.get()) >= 0)
-    more = visit(buffer.line);
-  // Without memory for a line, getline(3) ends as at the end of the file, and without an error of the file's.
-  if (more && std::feof(file.get()) == 0) return failed("read /proc/self/smaps");
-  return {};
+  BookText file = open_mappings();
+  if (!file.is_open()) return failed("open /proc/self/smaps");
+  std::string text;
+  std::array<char, 4096> buffer;
+  for (;;) {
+    const std::ptrdiff_t got = file.read(buffer.data(), buffer.size());
+    if (got < 0) return failed("read /proc/self/smaps");
+    if (got == 0) return {};
+    text.append(buffer.data(), static_cast<std::size_t>(got));
+    std::size_t begin = 0;
+    for (std::size_t end = text.find('\n'); end != std::string::npos; end = text.find('\n', begin)) {
+      text[end] = '\0';
+      if (!visit(text.data() + begin)) return {};
+      begin = end + 1;
+    }
+    text.erase(0, begin);
+  }
 }
 
 static bool parse(const char* line, ProcMapping& mapping) {
@@ -58,8 +52,6 @@ static bool parse(const char* line, ProcMapping& mapping) {
                   &mapping.device_minor, &inode, &path) != 7)
     return false;
   mapping.path = line + path;
-  while (!mapping.path.empty() && mapping.path.back() == '\n')
-    mapping.path.pop_back();
   mapping.start = start;
   mapping.end = end;
   mapping.is_readable = access[0] == 'r';
@@ -101,7 +93,7 @@ using MappingTest = std::function<bool(const ProcMapping&)>;
 static MemoryResult<void> walk(const MappingTest& wanted, const MappingTest& is_behind, const MappingTest& visit) {
   ProcMapping current;
   bool is_wanted = false;
-  return for_each_line("/proc/self/smaps", [&](const char* line) {
+  return for_each_line([&](const char* line) {
     ProcMapping mapping;
     if (parse(line, mapping)) {
       is_wanted = wanted(mapping);
@@ -111,12 +103,16 @@ static MemoryResult<void> walk(const MappingTest& wanted, const MappingTest& is_
     const std::string_view text(line);
     unsigned long long kib = 0;
     if (is_wanted && std::sscanf(line, "KernelPageSize: %llu kB", &kib) == 1) current.page_bytes = kib * 1024;
-    // The last line of a mapping's record. um is VM_UFFD_MISSING, ui VM_UFFD_MINOR, uw VM_UFFD_WP (Linux
-    // fs/proc/task_mmu.c).
+    if (is_wanted && std::sscanf(line, "AnonHugePages: %llu kB", &kib) == 1) current.has_huge_pages = kib != 0;
+    if (is_wanted && std::sscanf(line, "THPeligible: %llu", &kib) == 1) current.may_get_huge_pages = kib != 0;
+    if (is_wanted && std::sscanf(line, "LazyFree: %llu kB", &kib) == 1) current.has_given_up_pages = kib != 0;
+    // The last line of a mapping's record. um is VM_UFFD_MISSING, ui VM_UFFD_MINOR, uw VM_UFFD_WP, dp VM_DROPPABLE
+    // (Linux fs/proc/task_mmu.c).
     if (!is_wanted || !text.starts_with("VmFlags:")) return true;
     const auto has = [&](std::string_view flag) { return text.find(flag) != std::string_view::npos; };
     current.is_filled_on_demand = has(" um") || has(" ui");
     current.is_held = current.is_filled_on_demand || has(" uw");
+    current.has_given_up_pages = current.has_given_up_pages || has(" dp");
     return visit(current);
   });
 }
@@ -145,7 +141,7 @@ MemoryResult<std::uint64_t> sum_smaps(std::uint64_t start, std::uint64_t bytes,
   Coverage coverage(start, bytes);
   bool overlaps = false;
   bool reaches_beyond = false;
-  auto done = for_each_line("/proc/self/smaps", [&](const char* line) {
+  auto done = for_each_line([&](const char* line) {
     ProcMapping mapping;
     if (parse(line, mapping)) {
       overlaps = coverage.overlaps(mapping);

@@ -25,6 +25,15 @@ struct ProcMapping {
   bool is_filled_on_demand = false;
   /// Registered with a userfaultfd at all: someone may want to be told what becomes of it.
   bool is_held = false;
+  bool has_huge_pages = false;     ///< Transparent ones, of anonymous memory, mapped as such.
+  bool may_get_huge_pages = false; ///< THPeligible: the kernel gives them, as things are.
+  /// Has pages that the kernel may take away though they are in use, for their owner has given them up (MADV_FREE) or
+  /// can do without them (MAP_DROPPABLE).
+  bool has_given_up_pages = false;
+
+  /// Whether it is MAP_SHARED | MAP_ANONYMOUS, by the name that the kernel gives to the file behind it (mm/shmem.c,
+  /// shmem_zero_setup).
+  [[nodiscard]] bool is_shared_anonymous() const { return !is_private && path == "/dev/zero (deleted)"; }
 };
 
 /// Calls `visit` for each mapping that overlaps [start, start + bytes), ascending, until it returns false. The file is

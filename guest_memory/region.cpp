@@ -4,10 +4,10 @@ module;
 #include <cerrno>
 #include <cstddef>
 #include <cstdint>
-#include <cstdio>
 #include <expected>
 #include <fcntl.h>
 #include <functional>
+#include <linux/magic.h>
 #include <linux/memfd.h>
 #include <memory>
 #include <mutex>
@@ -16,22 +16,29 @@ module;
 #include <string_view>
 #include <sys/mman.h>
 #include <sys/stat.h>
+#include <sys/vfs.h>
 #include <unistd.h>
 #include <utility>
 module cppvmm.guest_memory:region.impl;
 import :address;
+import :book_files;
 import :descriptor;
 import :discard;
 import :error;
 import :evidence;
 import :extents;
+import :file_data;
+import :guest_copy;
 import :proc_maps;
 import :region;
+import :region_use;
 import :survey;
+import :unmap;
 
 namespace cppvmm {
 
 struct Region::Mapping {
+  RegionEnd end; // first, for it is over last
   PageRange pages;
   RegionKind kind = RegionKind::ram;
   Backing backing = Backing::anonymous;
@@ -50,13 +57,14 @@ struct Region::Mapping {
   mutable std::atomic<bool> has_recorder = false;
   std::uint64_t huge_page = 0; // of hugetlb kinds, in bytes; 0 where it is not known
   mutable ReplacedPages replaced;
+  std::optional<FileData> file_data; // of a private file that was read
 
   Mapping() = default;
   Mapping(const Mapping&) = delete;
   Mapping& operator=(const Mapping&) = delete;
   ~Mapping() {
-    if (reserved != nullptr) munmap(reserved, reserved_bytes);
-    if (void* bits = recorded.load(std::memory_order_relaxed); bits != nullptr) munmap(bits, recorded_bytes());
+    if (reserved != nullptr) unmap(reserved, reserved_bytes);
+    if (void* bits = recorded.load(std::memory_order_relaxed); bits != nullptr) unmap(bits, recorded_bytes());
   }
   [[nodiscard]] std::size_t recorded_words() const { return (pages.count() + 63) / 64; }
   [[nodiscard]] std::size_t recorded_bytes() const { return recorded_words() * sizeof(std::uint64_t); }
@@ -68,6 +76,11 @@ static std::unexpected<MemoryError> refuse(MemoryErrc code, GuestAddress start, 
       .code = code, .address = start.value(), .length = bytes, .os_error = os_error, .operation = operation});
 }
 
+static bool is_hugetlb(Backing backing) {
+  return backing == Backing::hugetlb || backing == Backing::hugetlb_memfd || backing == Backing::hugetlb_private_file;
+}
+
+/// Nothing, and errno, where it cannot be told: two regions of the same file would not be noticed.
 static std::optional<Region::FileId> file_id(int fd) {
   struct stat status{};
   if (fstat(fd, &status) != 0) return std::nullopt;
@@ -88,25 +101,33 @@ static int map_guarded(void*& reserved, std::size_t& reserved_bytes, void*& host
   constexpr std::uint64_t most = std::uint64_t{1} << 56;
   if (bytes > most) return ENOMEM;
   const std::size_t size = bytes + 2 * alignment;
-  void* space = mmap(nullptr, size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (space == MAP_FAILED) return errno;
-  reserved = space;
-  reserved_bytes = size;
-  const auto base = reinterpret_cast<std::uintptr_t>(space);
-  const std::uintptr_t aligned = (base + alignment) & ~(alignment - 1); // at least one page above base
-  void* at = reinterpret_cast<void*>(aligned);
-  void* mapped = mmap(at, bytes, PROT_READ | PROT_WRITE, flags | MAP_FIXED, fd, static_cast<off_t>(offset));
-  if (mapped == MAP_FAILED) {
-    const int error = errno;
-    // What was there may be gone or not (kernels differ), and another thread may have mapped the gap since: only what
-    // is certainly still ours is unmapped.
-    munmap(space, aligned - base);
-    munmap(reinterpret_cast<void*>(aligned + bytes), base + size - aligned - bytes);
-    reserved = nullptr;
-    return error;
+  constexpr int attempts = 16;
+  for (int attempt = 1;; ++attempt) {
+    void* space = mmap(nullptr, size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (space == MAP_FAILED) return errno;
+    const auto base = reinterpret_cast<std::uintptr_t>(space);
+    const std::uintptr_t aligned = (base + alignment) & ~(alignment - 1); // at least one page above base
+    void* at = reinterpret_cast<void*>(aligned);
+    // Not mapped over what is there: of a call that fails then, nobody knows whether that is gone (kernels differ).
+    if (munmap(at, bytes) != 0) {
+      const int error = errno;
+      unmap(space, size);
+      return error;
+    }
+    void* mapped = mmap(at, bytes, PROT_READ | PROT_WRITE, flags | MAP_FIXED_NOREPLACE, fd, static_cast<off_t>(offset));
+    if (mapped == at) {
+      reserved = space;
+      reserved_bytes = size;
+      host = mapped;
+      return 0;
+    }
+    const int error = mapped == MAP_FAILED ? errno : EEXIST;
+    if (mapped != MAP_FAILED) unmap(mapped, bytes); // a kernel that takes the address for a hint
+    unmap(space, aligned - base);
+    unmap(reinterpret_cast<void*>(aligned + bytes), base + size - aligned - bytes);
+    // Another thread has mapped the gap meanwhile.
+    if (error != EEXIST || attempt == attempts) return error;
   }
-  host = mapped;
-  return 0;
 }
 
 // Guest-physical and host address agree below 2 MiB, so that KVM can map huge pages whole.
@@ -142,6 +163,7 @@ MemoryResult<Region> Region::memfd(GuestAddress start, std::uint64_t bytes, Regi
   if (fcntl(mapping->fd.number(), F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) != 0)
     return refuse(MemoryErrc::os, start, bytes, "F_ADD_SEALS on a memfd", errno);
   mapping->shared_file = file_id(mapping->fd.number());
+  if (!mapping->shared_file) return refuse(MemoryErrc::os, start, bytes, "fstat of a memfd", errno);
   if (const int error = map_guarded(mapping->reserved, mapping->reserved_bytes, mapping->host, bytes, huge_alignment,
                                     MAP_SHARED | MAP_NORESERVE, mapping->fd.number()))
     return refuse(MemoryErrc::os, start, bytes, "mmap of a memfd", error);
@@ -200,34 +222,67 @@ MemoryResult<Region> Region::hugetlb_memfd(GuestAddress start, std::uint64_t byt
   if (fcntl(mapping->fd.number(), F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) != 0)
     return refuse(MemoryErrc::os, start, bytes, "F_ADD_SEALS on a hugetlb memfd", errno);
   mapping->shared_file = file_id(mapping->fd.number());
+  if (!mapping->shared_file) return refuse(MemoryErrc::os, start, bytes, "fstat of a hugetlb memfd", errno);
   if (const int error = map_guarded(mapping->reserved, mapping->reserved_bytes, mapping->host, bytes, unit, MAP_SHARED,
                                     mapping->fd.number()))
     return refuse_huge(start, bytes, error);
   return Region(std::move(mapping));
 }
 
+/// The size of a hugetlbfs file's pages, in bytes; 0 of other files.
+static std::uint64_t huge_page_of_file(int fd) {
+  struct statfs system{};
+  return fstatfs(fd, &system) == 0 && system.f_type == HUGETLBFS_MAGIC ? static_cast<std::uint64_t>(system.f_bsize) : 0;
+}
+
+/// Brings a file that nobody changes any more to where its data is looked for: 0, or errno.
+static int sync_file(int fd) {
+  if (fdatasync(fd) == 0) return 0;
+  const int error = errno;
+  // File systems that are only read (squashfs, erofs) have nothing to sync. Where the file's extents are the evidence,
+  // what is only in the page cache could be missing among them.
+  return (error == EINVAL || error == EROFS) && !shows_holes(fd) ? 0 : error;
+}
+
+/// What there is to know once of a file that nobody changes.
+static std::optional<FileData> read_once(const FilePart& part, std::uint64_t huge_page, RegionKind kind,
+                                         FileContent content) {
+  if (kind != RegionKind::ram) return std::nullopt;
+  if (huge_page != 0) return read_hugetlb_file_data(part, huge_page, content.max_bytes);
+  if (content.max_bytes == 0 || shows_holes(part.fd)) return std::nullopt;
+  return read_file_data(part, content.max_bytes);
+}
+
 MemoryResult<Region> Region::private_file(GuestAddress start, std::uint64_t bytes, int fd, std::uint64_t offset,
-                                          RegionKind kind) {
+                                          RegionKind kind, FileContent content) {
   const auto pages = checked_pages(start, bytes, page_size, "Region::private_file");
   if (!pages) return std::unexpected(pages.error());
-  struct stat file{};
-  if (fstat(fd, &file) != 0) return refuse(MemoryErrc::os, start, bytes, "fstat of a snapshot", errno);
-  const auto size = static_cast<std::uint64_t>(file.st_size);
-  if (offset % page_size != 0 || offset > size || bytes > size - offset)
+  const auto size = file_bytes(fd);
+  if (!size) return refuse(MemoryErrc::os, start, bytes, "size of a snapshot", size.error());
+  const std::uint64_t huge_page = huge_page_of_file(fd);
+  if (huge_page != 0 && (offset % huge_page != 0 || bytes % huge_page != 0))
+    return refuse(MemoryErrc::invalid_argument, start, bytes, "Region::private_file: not of whole huge pages");
+  if (offset % page_size != 0 || offset > *size || bytes > *size - offset)
     return refuse(MemoryErrc::invalid_argument, start, bytes, "Region::private_file: the file ends before the region");
   auto mapping = std::make_shared<Mapping>();
   mapping->pages = *pages;
   mapping->kind = kind;
-  mapping->backing = Backing::private_file;
+  mapping->backing = huge_page != 0 ? Backing::hugetlb_private_file : Backing::private_file;
+  mapping->huge_page = huge_page;
   mapping->fd_offset = offset;
   mapping->fd = Descriptor(fcntl(fd, F_DUPFD_CLOEXEC, 0));
   if (!mapping->fd.is_open()) return refuse(MemoryErrc::os, start, bytes, "duplicate the snapshot's descriptor", errno);
-  // What is still only in the page cache could be missing among the file's extents.
-  if (fdatasync(mapping->fd.number()) != 0)
-    return refuse(MemoryErrc::os, start, bytes, "fdatasync of a snapshot", errno);
-  if (const int error = map_guarded(mapping->reserved, mapping->reserved_bytes, mapping->host, bytes, huge_alignment,
-                                    MAP_PRIVATE | MAP_NORESERVE, mapping->fd.number(), offset))
+  if (const int error = sync_file(mapping->fd.number()))
+    return refuse(MemoryErrc::os, start, bytes, "fdatasync of a snapshot", error);
+  // Huge pages are reserved, for a fault without a page left would be a SIGBUS.
+  if (const int error = map_guarded(
+          mapping->reserved, mapping->reserved_bytes, mapping->host, bytes, std::max(huge_alignment, huge_page),
+          huge_page != 0 ? MAP_PRIVATE : MAP_PRIVATE | MAP_NORESERVE, mapping->fd.number(), offset)) {
+    if (huge_page != 0) return refuse_huge(start, bytes, error);
     return refuse(MemoryErrc::os, start, bytes, "mmap of a snapshot", error);
+  }
+  mapping->file_data =
+      read_once({.fd = mapping->fd.number(), .offset = offset, .bytes = bytes}, huge_page, kind, content);
   return Region(std::move(mapping));
 }
 
@@ -246,35 +301,44 @@ MemoryResult<Region> Region::adopt(GuestAddress start, const AdoptedMemory& memo
   const auto pages = checked_pages(start, memory.bytes, page_size, "Region::adopt");
   if (!pages) return std::unexpected(pages.error());
   const auto host = reinterpret_cast<std::uintptr_t>(memory.host_address);
-  const bool wants_file = memory.backing == Backing::memfd || memory.backing == Backing::hugetlb_memfd ||
-                          memory.backing == Backing::private_file || memory.backing == Backing::shared_file;
+  const std::uint64_t huge_page = memory.fd >= 0 ? huge_page_of_file(memory.fd) : 0;
+  const Backing backing =
+      memory.backing == Backing::private_file && huge_page != 0 ? Backing::hugetlb_private_file : memory.backing;
+  const bool is_private_file = backing == Backing::private_file || backing == Backing::hugetlb_private_file;
+  const bool wants_file = backing == Backing::memfd || backing == Backing::hugetlb_memfd || is_private_file ||
+                          backing == Backing::shared_file || backing == Backing::guest_memfd;
   if (host == 0 || host % page_size != 0 || host + memory.bytes < host || memory.fd_offset % page_size != 0 ||
       wants_file != (memory.fd >= 0))
     return refuse(MemoryErrc::invalid_argument, start, memory.bytes, "Region::adopt");
   if (auto fits = check_backing(
-          {.fd = memory.fd, .offset = memory.fd_offset, .host = memory.host_address, .bytes = memory.bytes},
-          memory.backing, kind);
+          {.fd = memory.fd, .offset = memory.fd_offset, .host = memory.host_address, .bytes = memory.bytes}, backing,
+          kind);
       !fits)
     return std::unexpected(fits.error());
   auto mapping = std::make_shared<Mapping>();
   mapping->pages = *pages;
   mapping->kind = kind;
-  mapping->backing = memory.backing;
+  mapping->backing = backing;
   mapping->is_adopted = true;
   mapping->host = memory.host_address;
   mapping->fd_offset = memory.fd_offset;
-  if (memory.backing == Backing::hugetlb || memory.backing == Backing::hugetlb_memfd)
-    mapping->huge_page = huge_page_of(memory);
+  if (is_hugetlb(backing)) mapping->huge_page = huge_page_of(memory);
   if (memory.fd >= 0) {
     // A descriptor of its own: seeking in the embedder's would move the file offset that the embedder may use.
-    char path[64];
-    std::snprintf(path, sizeof path, "/proc/self/fd/%d", memory.fd);
-    mapping->fd = Descriptor(open(path, O_RDONLY | O_CLOEXEC));
+    // A guest_memfd cannot be opened anew, and has no file offset.
+    mapping->fd = backing == Backing::guest_memfd ? Descriptor(fcntl(memory.fd, F_DUPFD_CLOEXEC, 0))
+                                                  : open_again(memory.fd, O_RDONLY | O_CLOEXEC);
     if (!mapping->fd.is_open())
       return refuse(MemoryErrc::os, start, memory.bytes, "open of the adopted file through /proc/self/fd", errno);
-    if (memory.backing != Backing::private_file) mapping->shared_file = file_id(mapping->fd.number());
-    if (memory.backing == Backing::private_file && fdatasync(mapping->fd.number()) != 0)
-      return refuse(MemoryErrc::os, start, memory.bytes, "fdatasync of a snapshot", errno);
+    if (!is_private_file) {
+      mapping->shared_file = file_id(mapping->fd.number());
+      if (!mapping->shared_file) return refuse(MemoryErrc::os, start, memory.bytes, "fstat of the adopted file", errno);
+      return Region(std::move(mapping));
+    }
+    if (const int error = sync_file(mapping->fd.number()))
+      return refuse(MemoryErrc::os, start, memory.bytes, "fdatasync of a snapshot", error);
+    mapping->file_data = read_once({.fd = mapping->fd.number(), .offset = memory.fd_offset, .bytes = memory.bytes},
+                                   huge_page, kind, memory.content);
   }
   return Region(std::move(mapping));
 }
@@ -293,15 +357,25 @@ const char* to_string(Backing backing) {
     return "hugetlb_memfd";
   case Backing::private_file:
     return "private_file";
+  case Backing::hugetlb_private_file:
+    return "hugetlb_private_file";
   case Backing::shared_file:
     return "shared_file";
+  case Backing::guest_memfd:
+    return "guest_memfd";
   case Backing::unknown:
     return "unknown";
   }
   return "unknown";
 }
 
+const FileData* FileData::of(const Region& region) {
+  const auto& data = region.mapping_->file_data;
+  return data ? &*data : nullptr;
+}
+
 PageRange Region::pages() const { return mapping_->pages; }
+RegionUse Region::use() const { return mapping_->end.use(); }
 RegionKind Region::kind() const { return mapping_->kind; }
 Backing Region::backing() const { return mapping_->backing; }
 bool Region::is_adopted() const { return mapping_->is_adopted; }
@@ -359,8 +433,7 @@ std::span<const std::atomic<std::uint64_t>> Region::recorded_writes() const {
 
 MemoryResult<std::uint64_t> Region::resident_bytes() const {
   if (is_adopted()) {
-    const bool is_huge = backing() == Backing::hugetlb || backing() == Backing::hugetlb_memfd;
-    if (is_huge) {
+    if (is_hugetlb(backing())) {
       const auto resident = hugetlb_resident(host_address(), bytes());
       if (!resident) return std::unexpected(resident.error());
       return resident->page_count() * page_size;
@@ -405,9 +478,20 @@ MemoryResult<Discarded> Region::discard(PageRange range) const {
       .region = {.fd = mapping_->fd.number(), .offset = mapping_->fd_offset, .host = mapping_->host, .bytes = bytes()},
       .backing = backing(),
       .is_fd_writable = !is_adopted(),
-      .huge_page = mapping_->huge_page};
-  if (backing() == Backing::private_file) return discard_private_file(target, range, mapping_->replaced);
-  return discard_memory(target);
+      .huge_page = mapping_->huge_page,
+      .reach = reach_of(is_adopted())};
+  auto done = [&] {
+    if (backing() == Backing::private_file) return discard_private_file(target, range, mapping_->replaced);
+    if (backing() == Backing::hugetlb_private_file)
+      return discard_hugetlb_private_file(target, FileData::of(*this)->pages);
+    return discard_memory(target);
+  }();
+  if (!done) {
+    // It knows host addresses alone.
+    const auto host = reinterpret_cast<std::uintptr_t>(mapping_->host);
+    done.error().address = start().value() + (done.error().address - host);
+  }
+  return done;
 }
 
 // include/uapi/asm-generic/mman-common.h (Linux 5.14), which the headers of older distributions may lack.

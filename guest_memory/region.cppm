@@ -8,6 +8,7 @@ module;
 export module cppvmm.guest_memory:region;
 import :address;
 import :error;
+import :region_use;
 
 namespace cppvmm {
 
@@ -18,9 +19,12 @@ export enum class Backing : std::uint8_t {
   shared_anonymous, ///< MAP_SHARED | MAP_ANONYMOUS.
   hugetlb,          ///< MAP_PRIVATE | MAP_ANONYMOUS | MAP_HUGETLB.
   hugetlb_memfd,    ///< MAP_SHARED of a hugetlb memfd or hugetlbfs file.
-  private_file,     ///< MAP_PRIVATE of a file that nobody changes: a snapshot to restore from.
-  shared_file,      ///< MAP_SHARED of a file on any other file system.
-  unknown,          ///< Nothing is known, so that every page counts as touched.
+  private_file,     ///< MAP_PRIVATE of a file or block device that nobody changes: a snapshot to restore from.
+  /// MAP_PRIVATE of a hugetlb memfd or hugetlbfs file that nobody changes: a private_file of huge pages.
+  hugetlb_private_file,
+  shared_file, ///< MAP_SHARED of a file on any other file system.
+  guest_memfd, ///< MAP_SHARED of a guest_memfd that can be mapped (GUEST_MEMFD_FLAG_MMAP, Linux 6.18).
+  unknown,     ///< Nothing is known, so that every page counts as touched.
 };
 
 /// The word for it in reports, e.g. "hugetlb_memfd".
@@ -51,19 +55,33 @@ export enum class HugePages : std::uint8_t {
   preferred, ///< Wherever the administrator does not forbid them (MADV_HUGEPAGE).
 };
 
+/// What becomes of a private_file whose file system is not known to show its holes (docs/evidence.md says which do),
+/// and of a hugetlb_private_file: as nobody changes the file, it is read once, when the region is made, and its pages
+/// that read zero are remembered. Of no other kind, and of no ROM, is anything read.
+export struct FileContent {
+  /// How much of the region's part of the file may be read, from its start on: a second or so for each GiB that is in
+  /// the page cache, and what the disk takes for the rest. What is not read counts as touched for as long as the region
+  /// lives. 0: nothing is read, and nothing is known to be zero, but for a hugetlbfs file that has no memory at all.
+  std::uint64_t max_bytes = std::uint64_t{1} << 30;
+};
+
 /// Memory that an embedder mapped itself, with what it states about it. The statement decides which evidence counts, so
 /// that a wrong one could make a page with data pass for zeroed: it is compared with /proc/self/maps at adoption and
 /// again by every survey, and memory that does not fit it counts as touched.
 ///
 /// What /proc cannot show is the embedder's promise: that nobody changes the file of a private_file (which was synced
-/// to its disk), and that no process outside this host writes a shared_file.
+/// to its disk), nor has since it was mapped, and that no process outside this host writes a shared_file.
 export struct AdoptedMemory {
   void* host_address = nullptr; ///< Page-aligned; stays mapped as it is while any copy of the Region lives.
   std::uint64_t bytes = 0;      ///< A multiple of 4 KiB; of the huge page for hugetlb kinds.
   Backing backing = Backing::unknown;
-  int fd = -1;                 ///< The file, for kinds that have one; it is opened anew, the embedder keeps this one.
+  /// The file, for kinds that have one; it is opened anew (a guest_memfd's is duplicated), the embedder keeps this one.
+  int fd = -1;
   std::uint64_t fd_offset = 0; ///< Where in the file the region starts; a multiple of 4 KiB.
+  FileContent content = {};    ///< How much of a private file may be read.
 };
+
+struct FileData;
 
 /// A range of guest-physical addresses and the host memory behind it. A cheap handle: copies share the memory, which
 /// is unmapped with the last of them. What it says of itself never changes, and all of it is safe to use from any
@@ -76,8 +94,12 @@ export struct AdoptedMemory {
 /// fails with invalid_argument (no bytes; address or size not a multiple of 4 KiB, for hugetlb size not of the huge
 /// page), out_of_range, unavailable (this host has no such pages to give) or os.
 ///
+/// Of adopted memory, the embedder may protect, truncate or unmap what it likes: accesses there are errors, no signals
+/// (MemoryMap), and surveys count a region that is not as it was stated as touched.
+///
 /// Memory that is registered with a userfaultfd for missing pages counts as touched: a handler has yet to fill it.
-/// Private memory of confidential guests (KVM_CREATE_GUEST_MEMFD) has no books to read here: adopt it as unknown.
+/// A guest_memfd is adopted as such where it can be mapped, and keeps its VM alive as long as any copy of the Region.
+/// Private memory of confidential guests, which can not, has no address to adopt it by.
 export class Region {
 public:
   [[nodiscard]] static MemoryResult<Region> anonymous(GuestAddress start, std::uint64_t bytes,
@@ -92,11 +114,17 @@ public:
   [[nodiscard]] static MemoryResult<Region> hugetlb_memfd(GuestAddress start, std::uint64_t bytes, HugePageSize page,
                                                           RegionKind kind = RegionKind::ram);
   /// A private mapping of `bytes` of a file from `offset` on (a multiple of 4 KiB): reads what the file holds, writes
-  /// stay here. The file is synced, and then nobody may change it while the region lives. invalid_argument when it ends
+  /// stay here. The file (or block device) is synced, and then nobody may change it while the region lives. Where the
+  /// file system is not known to show its holes, as much as `content` says is read. invalid_argument when the file ends
   /// before the region does. The descriptor is duplicated.
+  ///
+  /// Of a hugetlbfs file it is a hugetlb_private_file: both `bytes` and `offset` are multiples of its huge page, which
+  /// are reserved here for all of the region; `unavailable` when the pool has too few.
   [[nodiscard]] static MemoryResult<Region> private_file(GuestAddress start, std::uint64_t bytes, int fd,
-                                                         std::uint64_t offset, RegionKind kind = RegionKind::ram);
-  /// Hands over the embedder's mapping; wrong_nature when /proc/self/maps shows another kind than stated.
+                                                         std::uint64_t offset, RegionKind kind = RegionKind::ram,
+                                                         FileContent content = {});
+  /// Hands over the embedder's mapping; wrong_nature when /proc/self/maps shows another kind than stated. What is
+  /// stated as a private_file and is of a hugetlbfs file becomes a hugetlb_private_file.
   [[nodiscard]] static MemoryResult<Region> adopt(GuestAddress start, const AdoptedMemory& memory,
                                                   RegionKind kind = RegionKind::ram);
 
@@ -133,9 +161,9 @@ public:
   /// Gives the host memory of the pages back; they read zero until someone writes them, and the next survey reports
   /// them. For a balloon that inflates, and for a reset. By kind:
   /// - anonymous: MADV_DONTNEED (MADV_DONTNEED_LOCKED where it is locked; before Linux 5.18 that is cleared);
-  /// - memfd, shared_anonymous, shared_file: a hole in the file, and so for all who share it. Locked memory that a
-  ///   userfaultfd holds, or whose file cannot be opened for writing, is cleared, and so are files that are sealed or
-  ///   whose file system has no holes;
+  /// - memfd, shared_anonymous, shared_file, guest_memfd: a hole in the file, and so for all who share it. Locked
+  ///   memory that a userfaultfd holds, or whose file cannot be opened for writing, is cleared, and so are files that
+  ///   are sealed or whose file system has no holes;
   /// - hugetlb, hugetlb_memfd: whole huge pages are given back to the host's pool, where others may take them: a later
   ///   access that finds the pool empty is a SIGBUS. Parts of a huge page are cleared, if it is there at all. Before
   ///   Linux 6.7, and where a userfaultfd of another holds the memory, a private one that the kernel is moving just
@@ -143,12 +171,15 @@ public:
   /// - private_file: the pages are replaced by anonymous private memory, adopted ones too (readable, writable, and
   ///   without what else was set there: locks, policies, a userfaultfd), for the file's data would come back otherwise.
   ///   Pages that would make more than 1024 such parts of the region are cleared, so that no guest can use up the
-  ///   mappings that a process may have.
+  ///   mappings that a process may have;
+  /// - hugetlb_private_file: as hugetlb where the file had no data when the region was made, and else cleared, for the
+  ///   file's data would come back otherwise.
   ///
   /// Fails with not_backed (a page is not in the region), read_only (ROM), unavailable (unknown backing), and has then
-  /// done nothing; or with os (EHWPOISON: a page to clear was lost to a memory error), and may then have discarded
-  /// some. Nobody should write the pages meanwhile, as their content would be lost or not; a device that writes behind
-  /// the kernel's back (pinned memory) must not, for its writes would go to memory that the guest no longer has.
+  /// done nothing; or with inaccessible (a page to clear cannot be had; EHWPOISON: it was lost to a memory error) or
+  /// os, with the guest's address, and may then have discarded some. Nobody should write the pages meanwhile, as their
+  /// content would be lost or not; a device that writes behind the kernel's back (pinned memory) must not, for its
+  /// writes would go to memory that the guest no longer has.
   ///
   /// A userfaultfd that holds the memory here is told (UFFD_EVENT_REMOVE, if it asked for that), and the call waits
   /// until it has read so: its handler must not wait for this call, nor for what waits for it (GuestMemory::discard).
@@ -174,14 +205,19 @@ public:
   ///
   /// It is for faults in this process: of a memfd, /sys/kernel/mm/transparent_hugepage/shmem_enabled has the first word
   /// (never: there are none; always: other processes and write(2) get them all the same). unavailable for hugetlb
-  /// kinds, shared_file and unknown, which have none, and where the kernel was built without; else os.
+  /// kinds, shared_file, guest_memfd and unknown, which have none, and where the kernel was built without; else os.
   [[nodiscard]] MemoryResult<void> set_huge_pages(HugePages use) const;
+
+  /// Whether the memory is in use, this Region included: to be asked for before it is taken out of the maps that have
+  /// it, and waited for without it.
+  [[nodiscard]] RegionUse use() const;
 
   /// Whether both are handles to the same memory at the same address.
   friend bool operator==(const Region& left, const Region& right) { return left.mapping_ == right.mapping_; }
 
 private:
   struct Mapping;
+  friend struct FileData;
   friend class MemoryMap;
   friend class WriteRecord;
   explicit Region(std::shared_ptr<const Mapping> mapping);

@@ -8,6 +8,7 @@ module;
 #include <mutex>
 #include <optional>
 #include <span>
+#include <utility>
 #include <vector>
 module cppvmm.guest_memory:survey.impl;
 import :address;
@@ -16,10 +17,13 @@ import :content_scan;
 import :error;
 import :evidence;
 import :extents;
+import :guest_copy;
 import :memory_map;
 import :page_set;
 import :region;
+import :region_evidence;
 import :survey;
+import :survey_bound;
 import :touched_map;
 import :write_record;
 
@@ -43,6 +47,8 @@ const char* to_string(Evidence evidence) {
     return "page_cache_lookup";
   case Evidence::file_holes:
     return "file_holes";
+  case Evidence::file_content:
+    return "file_content";
   }
   return "unknown";
 }
@@ -55,13 +61,6 @@ TouchedMap Survey::touched_map() const {
   return result;
 }
 
-static FileMapping file_mapping(const Region& region) {
-  return {.fd = region.file_descriptor(),
-          .offset = region.file_offset(),
-          .host = region.host_address(),
-          .bytes = region.bytes()};
-}
-
 bool is_watchable(Backing backing) {
   switch (backing) {
   case Backing::anonymous:
@@ -72,58 +71,20 @@ bool is_watchable(Backing backing) {
     return true;
   // Dropping a page brings the file's data back, which is no write.
   case Backing::private_file:
+  case Backing::hugetlb_private_file:
   case Backing::shared_file:
+  case Backing::guest_memfd: // userfaultfd takes none
   case Backing::unknown:
     break;
   }
   return false;
 }
 
-static RegionEvidence evidence_of_backing(const FileMapping& memory, Backing backing, EvidenceSource source) {
-  switch (backing) {
-  case Backing::anonymous:
-    return page_table_evidence(memory.host, memory.bytes, PageEntries::all, source);
-  case Backing::memfd:
-  case Backing::shared_file:
-    return page_cache_evidence(memory, FileChanges::any_time, source);
-  case Backing::shared_anonymous:
-    return shared_anonymous_evidence(memory.host, memory.bytes, source);
-  case Backing::hugetlb:
-    return hugetlb_evidence(memory.host, memory.bytes, source);
-  case Backing::hugetlb_memfd:
-    return hugetlb_file_evidence(memory);
-  case Backing::private_file:
-    return private_file_evidence(memory, source);
-  case Backing::unknown:
-    break;
-  }
-  return {};
-}
-
-RegionEvidence region_evidence(const Region& region, EvidenceSource source) {
-  const FileMapping memory = file_mapping(region);
-  // Someone may map something else there, or give a region's missing pages to a userfaultfd, at any time: before the
-  // look at the books and after it, nothing of that may be so.
-  const auto is_as_stated = [&] { return check_backing(memory, region.backing(), region.kind()); };
-  RegionEvidence refused;
-  refused.is_foreign = true;
-  if (region.backing() == Backing::unknown) return refused;
-  if (auto before = is_as_stated(); !before) {
-    refused.error = before.error();
-    return refused;
-  }
-  RegionEvidence evidence = evidence_of_backing(memory, region.backing(), source);
-  if (auto after = is_as_stated(); !after) {
-    refused.error = after.error();
-    return refused;
-  }
-  return evidence;
-}
-
 ExtentList data_among(const Region& region, const ExtentList& pages) {
   const ContentCheckOptions options;
   ContentBudget budget(options);
-  return scan_content(file_mapping(region), region.backing(), pages.extents(), options, budget, looks_at_watched)
+  return scan_content(file_mapping(region), region.backing(), pages.extents(), options, budget, looks_at_watched,
+                      reach_of(region.is_adopted()))
       .touched;
 }
 
@@ -136,7 +97,7 @@ static PageSet union_of(PageRange region, std::span<const ExtentList> lists) {
   };
   if (lists.empty()) return result;
   add_to(result, lists.front());
-  // The lists beyond the first hold what only a second look showed: little, most often nothing.
+  // Each list by itself, so that all are added in ascending order.
   for (const ExtentList& list : lists.subspan(1)) {
     PageSet more;
     add_to(more, list);
@@ -203,7 +164,12 @@ static WatchReport narrow(PageSet& touched, const KeptLog& kept, WriteRecord& re
 
 /// Whether all writes to it go through this mapping, but for device DMA to pages that were pinned before.
 static bool is_private(Backing backing) {
-  return backing == Backing::anonymous || backing == Backing::hugetlb || backing == Backing::private_file;
+  return backing == Backing::anonymous || backing == Backing::hugetlb || backing == Backing::private_file ||
+         backing == Backing::hugetlb_private_file;
+}
+
+static bool is_private_hugetlb(Backing backing) {
+  return backing == Backing::hugetlb || backing == Backing::hugetlb_private_file;
 }
 
 static std::vector<Extent> extents_of(const PageSet& pages, PageRange region) {
@@ -227,15 +193,17 @@ static void check_content(PageSet& touched, const PageSet& whole, const Region& 
   std::unique_ptr<WriteWatch> watch;
   if (is_private(region.backing()) && !budget.is_spent()) {
     lock.lock();
-    const bool is_huge = region.backing() == Backing::hugetlb;
+    const bool is_huge = is_private_hugetlb(region.backing());
     if (auto armed = WriteWatch::arm(region, is_huge ? extents_of(whole, region.pages()) : extents))
       watch = std::move(*armed);
   }
-  ContentScan scan =
-      scan_content(memory, region.backing(), extents, options, budget, watch ? looks_at_watched : looks_at_unwatched);
+  ContentScan scan = scan_content(memory, region.backing(), extents, options, budget,
+                                  watch ? looks_at_watched : looks_at_unwatched, reach_of(region.is_adopted()));
   PageSet data = union_of(region.pages(), std::span(&scan.touched, 1));
   report.content = scan.report;
   report.content->is_watched = watch != nullptr;
+  if (auto& error = report.content->error; error && error->code == MemoryErrc::inaccessible)
+    error->address = region.start().value() + (error->address - reinterpret_cast<std::uintptr_t>(memory.host));
   if (watch) {
     if (const auto written = watch->may_hold_data(); !written) {
       report.content->error = written.error();
@@ -256,10 +224,29 @@ static void check_content(PageSet& touched, const PageSet& whole, const Region& 
   report.given_up_pages += scan.touched.given_up_pages();
 }
 
-/// Surveys one region of RAM: adds to the survey's sets, and fills the report.
-static void survey_region(const Region& region, const SurveyOptions& options, const WriteKnowledge& writes,
-                          ContentBudget* budget, Survey& survey, RegionSurvey& report) {
-  const RegionEvidence evidence = region_evidence(region, options.source);
+static bool goes_by_file(Backing backing) {
+  return backing == Backing::memfd || backing == Backing::shared_anonymous || backing == Backing::private_file ||
+         backing == Backing::shared_file || backing == Backing::guest_memfd;
+}
+
+/// Adds the pages that read no zeros although nothing was written to them: an access is a signal. Where all entries of
+/// the page tables count, they are among them, until something narrows that down.
+static void add_broken(PageSet& touched, const Region& region, EvidenceSource source, RegionSurvey& report) {
+  const bool is_narrowed = report.watch || report.log || report.content;
+  if (!is_narrowed && (!goes_by_file(region.backing()) || report.evidence == Evidence::none)) return;
+  if (const auto broken = broken_entries(region.host_address(), region.bytes(), source)) {
+    touched.add(union_of(region.pages(), *broken));
+    for (const ExtentList& list : *broken)
+      report.given_up_pages += list.given_up_pages();
+  } else {
+    touched = PageSet(region.pages());
+    report.error = broken.error();
+  }
+}
+
+/// Surveys one region of RAM, of which `evidence` is known: adds to the survey's sets, and fills the report.
+static void survey_region(const Region& region, const RegionEvidence& evidence, const SurveyOptions& options,
+                          const WriteKnowledge& writes, ContentBudget* budget, Survey& survey, RegionSurvey& report) {
   report.evidence = evidence.kind;
   report.unaccounted_pages = evidence.unaccounted_pages;
   report.error = evidence.error;
@@ -275,7 +262,7 @@ static void survey_region(const Region& region, const SurveyOptions& options, co
     return;
   }
   PageSet whole;
-  if (budget && region.backing() == Backing::hugetlb) whole = touched;
+  if (budget && is_private_hugetlb(region.backing())) whole = touched;
   for (const auto& watch : writes.watches)
     if (watch->region() == region) report.watch = narrow(touched, *watch);
   LoggedWrites logged;
@@ -288,30 +275,78 @@ static void survey_region(const Region& region, const SurveyOptions& options, co
     }
   }
   if (budget) check_content(touched, whole, region, *options.content_check, *budget, *writes.content_checks, report);
+  add_broken(touched, region, options.source, report);
   if (writes.log) {
     // A page that was discarded since is in the log, and not touched.
     logged.logged.intersect(touched);
     logged.recorded.intersect(touched);
-    survey.touchers.mark(logged.logged, writes.log->log.by);
-    survey.touchers.mark(logged.recorded, Toucher::host);
+    mark_bounded(survey, logged.logged, writes.log->log.by);
+    mark_bounded(survey, logged.recorded, Toucher::host);
   }
   report.zeroed_pages = region.pages().count() - touched.page_count();
+  // Several looks may have given up the same gaps.
+  report.given_up_pages = std::min(report.given_up_pages, touched.page_count());
   survey.touched.add(touched);
+}
+
+/// A region, and what the looks at it found.
+struct LookedAt {
+  const Region* region = nullptr;
+  FirstLook first;
+  std::optional<RegionEvidence> evidence; ///< Of memory that was looked at twice.
+  Clock::duration cost{};
+};
+
+/// First looks at as many of the regions as one wait is for: all, unless what they found takes too much room.
+static std::vector<LookedAt> first_looks(std::span<const Region> regions, EvidenceSource source) {
+  std::vector<LookedAt> looks;
+  std::size_t ranges = 0;
+  for (const Region& region : regions) {
+    LookedAt& look = looks.emplace_back();
+    look.region = &region;
+    // ROM is never reported, so nothing needs to be known of it.
+    if (region.kind() != RegionKind::ram) continue;
+    const auto begin = Clock::now();
+    look.first = first_look(region, source);
+    look.cost = Clock::now() - begin;
+    if (!look.first.evidence) continue;
+    for (const ExtentList& list : look.first.evidence->touched)
+      ranges += list.extents().size();
+    if (ranges >= most_survey_ranges) break;
+  }
+  return looks;
 }
 
 Survey survey_map(const MemoryMap& map, const SurveyOptions& options, const WriteKnowledge& writes,
                   ContentBudget* budget) {
   Survey survey;
-  for (const Region& region : map.regions()) {
-    RegionSurvey report{.pages = region.pages(), .kind = region.kind(), .backing = region.backing()};
-    // ROM is never reported, so nothing needs to be known of it.
-    if (region.kind() == RegionKind::ram) {
+  for (std::span<const Region> rest = map.regions(); !rest.empty();) {
+    std::vector<LookedAt> looks = first_looks(rest, options.source);
+    rest = rest.subspan(looks.size());
+    const bool waits = std::ranges::any_of(looks, [](const LookedAt& look) { return look.first.evidence.has_value(); });
+    const int waited = waits ? wait_for_spin_locks() : 0;
+    // Before anything else is done: nothing is noticed of what comes and goes between the two looks.
+    for (LookedAt& look : looks) {
+      if (!look.first.evidence) continue;
       const auto begin = Clock::now();
-      survey.ram.add(region.pages());
-      survey_region(region, options, writes, budget, survey, report);
-      report.cost = Clock::now() - begin;
+      look.evidence = last_look(*look.region, options.source, std::move(look.first), waited);
+      look.cost += Clock::now() - begin;
     }
-    survey.regions.push_back(report);
+    for (LookedAt& look : looks) {
+      const Region& region = *look.region;
+      RegionSurvey report{.pages = region.pages(), .kind = region.kind(), .backing = region.backing()};
+      if (region.kind() == RegionKind::ram) {
+        const auto begin = Clock::now();
+        survey.ram.add(region.pages());
+        const RegionEvidence evidence = look.evidence
+                                            ? *std::exchange(look.evidence, std::nullopt)
+                                            : last_look(region, options.source, std::move(look.first), waited);
+        survey_region(region, evidence, options, writes, budget, survey, report);
+        report.cost = look.cost + (Clock::now() - begin);
+      }
+      survey.regions.push_back(report);
+      bound_ranges(survey);
+    }
   }
   return survey;
 }

@@ -20,10 +20,12 @@ export enum class Evidence : std::uint8_t {
   page_tables_scan,  ///< This process's page tables, through the PAGEMAP_SCAN ioctl (Linux 6.7).
   page_tables_read,  ///< The same by reading /proc/self/pagemap: cannot tell a page that was only read from data.
   huge_page_count,   ///< The same of huge pages: as many as the kernel counts for the process (HugetlbPages).
-  page_cache,        ///< SEEK_DATA and SEEK_HOLE, every hole confirmed by cachestat(2) (Linux 6.5).
+  page_cache,        ///< SEEK_DATA and SEEK_HOLE, every hole confirmed by cachestat(2) (Linux 6.5); of a guest_memfd,
+                     ///< cachestat alone.
   page_cache_blocks, ///< SEEK_DATA, SEEK_HOLE and own page tables, confirmed by the file's count of allocated blocks.
   page_cache_lookup, ///< The page cache of a hugetlb file, asked for each of its pages (UFFDIO_CONTINUE).
   file_holes,        ///< Holes of a file that does not change, without a private copy in own page tables.
+  file_content,      ///< What read zero in a file that does not change, without a private copy in own page tables.
 };
 
 /// The word for it in reports, e.g. "page_tables_scan".
@@ -65,10 +67,12 @@ export struct RegionSurvey {
   /// Of an armed write watch, and of a write log that is declared complete.
   std::optional<WatchReport> watch = std::nullopt;
   std::optional<WatchReport> log = std::nullopt;
-  /// Pages that the host has allocated although no evidence says what for; they count as touched.
+  /// Pages that the host has allocated although no evidence says what for, or that were not read in a file whose
+  /// content is the evidence; they count as touched.
   std::uint64_t unaccounted_pages = 0;
-  /// Zero pages counted as touched because touched pages are scattered over more than 2^18 extents, which bounds the
-  /// memory that a guest can make a survey use. The largest zeroed ranges are never given up.
+  /// Zero pages counted as touched because touched pages are scattered over more than 2^18 extents, in this region or
+  /// in all of them together, which bounds the memory that a guest can make a survey use. The 2^17 largest zeroed
+  /// ranges are never given up.
   std::uint64_t given_up_pages = 0;
   /// Why there is no evidence, when a call failed.
   std::optional<MemoryError> error = std::nullopt;
@@ -77,6 +81,8 @@ export struct RegionSurvey {
   std::chrono::nanoseconds cost{};
 };
 
+/// Its sets are bounded whatever a guest does, and however many regions there are: by 2^18 ranges, and what was marked
+/// or left out by the embedder.
 export struct Survey {
   PageSet ram;
   /// Pages of RAM that may hold data: by evidence, by mark, or because nothing is known.
@@ -86,7 +92,7 @@ export struct Survey {
   /// or with a look at the content overwritten with zeros, since.
   PageSet zeroed;
   /// Who wrote, as far as it is known: what was marked by hand, what a write log and its record of the accessors show.
-  /// The other touched pages have an unknown writer.
+  /// The other touched pages have an unknown writer, and so have those beyond the 2^18 largest ranges.
   TouchedMap touchers;
   std::vector<RegionSurvey> regions;
   std::chrono::nanoseconds cost{}; ///< Of the whole, as GuestMemory::survey makes it.

@@ -1,4 +1,5 @@
 module;
+#include <cstddef>
 #include <cstdint>
 #include <memory>
 #include <vector>
@@ -60,10 +61,15 @@ public:
   void mark(const PageSet& pages, Touchers by);
   /// Forgets the pages: they count as untouched.
   void clear(PageRange pages);
+  /// Makes at most `most` entries of it, at least one: where the gaps between neighbours are smallest they become one
+  /// entry, with the touchers of both, and the pages in between count as touched too.
+  void join_neighbours(std::size_t most);
 
   /// Who touched the page; empty when nobody did.
   [[nodiscard]] Touchers at(PageNumber page) const;
   [[nodiscard]] bool empty() const;
+  /// How many `entries` there are, O(1).
+  [[nodiscard]] std::size_t entry_count() const;
   /// Disjoint ranges with their touchers, ascending; neighbours differ in their touchers or have a gap between them.
   [[nodiscard]] std::vector<Entry> entries() const;
   /// All touched pages, whoever wrote them.

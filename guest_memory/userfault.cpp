@@ -3,20 +3,20 @@ module;
 #include <chrono>
 #include <cstdint>
 #include <expected>
-#include <fcntl.h>
 #include <linux/userfaultfd.h>
 #include <mutex>
 #include <pthread.h>
 #include <sys/ioctl.h>
-#include <sys/syscall.h>
 #include <thread>
 #include <unistd.h>
 #include <utility>
 #include <vector>
 module cppvmm.guest_memory:userfault.impl;
 import :address;
+import :book_files;
 import :descriptor;
 import :error;
+import :memory_id;
 import :userfault;
 
 namespace cppvmm {
@@ -24,9 +24,12 @@ namespace cppvmm {
 static std::mutex turns;
 
 std::unique_lock<std::mutex> userfault_turn() {
-  // A child of fork has a copy of the lock, and none of the thread that may hold it.
-  [[maybe_unused]] static const int registered =
-      pthread_atfork([] { turns.lock(); }, [] { turns.unlock(); }, [] { turns.unlock(); });
+  // A child of fork has a copy of the lock, and none of the thread that may hold it. fork takes the one that was
+  // registered last first, as those do who take both.
+  [[maybe_unused]] static const int registered = [] {
+    prepare_books_for_fork();
+    return pthread_atfork([] { turns.lock(); }, [] { turns.unlock(); }, [] { turns.unlock(); });
+  }();
   return std::unique_lock(turns);
 }
 
@@ -43,7 +46,7 @@ static std::uint64_t features_of(UserfaultUse use) {
 }
 
 Userfault::Userfault(std::unique_lock<std::mutex> turn, Descriptor descriptor, UserfaultUse use)
-    : turn_(std::move(turn)), descriptor_(std::move(descriptor)), use_(use), process_(getpid()) {}
+    : turn_(std::move(turn)), descriptor_(std::move(descriptor)), use_(use), memory_(memory_id()) {}
 
 MemoryResult<Userfault> Userfault::open(UserfaultUse use) {
   const auto refuse = [](const char* operation) {
@@ -53,7 +56,7 @@ MemoryResult<Userfault> Userfault::open(UserfaultUse use) {
   };
   auto turn = userfault_turn();
   // Nothing is protected, so that there is no fault of the kernel's to resolve, and no privilege is needed.
-  Descriptor own(static_cast<int>(syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK | userfault_user_mode_only)));
+  Descriptor own = open_userfaultfd();
   if (!own.is_open()) return refuse("userfaultfd");
   Userfault opened(std::move(turn), std::move(own), use);
   uffdio_api api{};
@@ -81,8 +84,12 @@ int Userfault::enroll(std::uint64_t start, std::uint64_t bytes) {
 }
 
 bool Userfault::holds(std::uint64_t start, std::uint64_t bytes) const {
-  // The file behind private memory of huge pages has none of its own.
-  return map_cached(start, bytes) == EFAULT && register_range(descriptor_.number(), start, bytes) == 0;
+  // ENOENT is what says that it is not. The file behind anonymous huge pages has none of its own; what a private
+  // mapping of another file has of it is there already, or is mapped now, read-only and as the next look would have
+  // found it.
+  const int answer = map_cached(start, bytes);
+  return (answer == EFAULT || answer == EEXIST || answer == 0) &&
+         register_range(descriptor_.number(), start, bytes) == 0;
 }
 
 int Userfault::add(std::uint64_t start, std::uint64_t bytes) {
@@ -123,7 +130,7 @@ void Userfault::let_discards_go() const {
 Userfault::~Userfault() {
   if (!descriptor_.is_open()) return;
   // In a forked child, the descriptor is of the parent's memory.
-  if (getpid() == process_) {
+  if (memory_ != 0 && memory_id() == memory_) {
     for (const Range& range : ranges_) {
       uffdio_range request{.start = range.start, .len = range.bytes};
       // Where that fails, closing is what is left.

@@ -1,7 +1,6 @@
 module;
 #include <cstdint>
 #include <mutex>
-#include <sys/types.h>
 #include <utility>
 #include <vector>
 module cppvmm.guest_memory:userfault;
@@ -14,7 +13,6 @@ namespace cppvmm {
 // without a feature refuses the handshake.
 inline constexpr std::uint64_t userfault_wp_hugetlbfs_shmem = 1 << 12;
 inline constexpr std::uint64_t userfault_wp_async = 1 << 15;
-inline constexpr int userfault_user_mode_only = 1; // UFFD_USER_MODE_ONLY
 
 /// Memory has one userfaultfd at a time, and a survey of huge pages takes it for a moment: whoever registers any holds
 /// this meanwhile.
@@ -36,7 +34,7 @@ public:
   [[nodiscard]] static MemoryResult<Userfault> open(UserfaultUse use);
   Userfault(Userfault&& other) noexcept
       : turn_(std::move(other.turn_)), ranges_(std::move(other.ranges_)), descriptor_(std::move(other.descriptor_)),
-        use_(other.use_), process_(other.process_) {}
+        use_(other.use_), memory_(other.memory_) {}
   Userfault& operator=(Userfault&&) = delete;
   ~Userfault();
 
@@ -62,7 +60,7 @@ private:
   std::vector<Range> ranges_;
   Descriptor descriptor_;
   UserfaultUse use_;
-  pid_t process_; // whose memory it is
+  std::uint64_t memory_; // which it is of
 };
 
 } // namespace cppvmm

@@ -5,8 +5,6 @@ module;
 #include <mutex>
 #include <optional>
 #include <span>
-#include <sys/types.h>
-#include <unistd.h>
 #include <utility>
 #include <vector>
 module cppvmm.guest_memory:write_record;
@@ -14,6 +12,7 @@ import :address;
 import :descriptor;
 import :error;
 import :extents;
+import :memory_id;
 import :region;
 import :write_watch;
 
@@ -41,12 +40,12 @@ public:
 
 private:
   WriteWatch(Region region, Descriptor descriptor)
-      : region_(std::move(region)), descriptor_(std::move(descriptor)), process_(getpid()) {}
+      : region_(std::move(region)), descriptor_(std::move(descriptor)), memory_(memory_id()) {}
 
   Region region_;
   Descriptor descriptor_;
   bool is_registered_ = false;
-  pid_t process_; // whose memory it is
+  std::uint64_t memory_; // which it is of
   ExtentList baseline_;
 };
 

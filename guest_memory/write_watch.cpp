@@ -3,22 +3,22 @@ module;
 #include <cerrno>
 #include <cstdint>
 #include <expected>
-#include <fcntl.h>
 #include <linux/userfaultfd.h>
 #include <memory>
 #include <mutex>
 #include <span>
 #include <sys/ioctl.h>
-#include <sys/syscall.h>
 #include <unistd.h>
 #include <utility>
 #include <vector>
 module cppvmm.guest_memory:write_watch.impl;
 import :address;
+import :book_files;
 import :descriptor;
 import :error;
 import :evidence;
 import :extents;
+import :memory_id;
 import :region;
 import :userfault;
 import :write_record;
@@ -52,7 +52,7 @@ static int protect(int descriptor, std::uint64_t start, std::uint64_t bytes,
 
 MemoryResult<std::unique_ptr<WriteWatch>> WriteWatch::arm(const Region& region, std::span<const Extent> pages) {
   // Asynchronous write protection has no handler: the kernel resolves its own faults too, and needs no privilege.
-  Descriptor own(static_cast<int>(syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK | userfault_user_mode_only)));
+  Descriptor own = open_userfaultfd();
   if (!own.is_open())
     return refuse(errno == ENOSYS ? MemoryErrc::unavailable : MemoryErrc::os, region, "userfaultfd", errno);
   const int descriptor = own.number();
@@ -86,7 +86,7 @@ WriteWatch::~WriteWatch() {
   // Closing alone ends nothing while a forked child has the descriptor too, and leaves pages protected before Linux
   // 6.10. Where it fails, closing is what is left. In a child, the descriptor is of the parent's memory. And memory
   // that is another's to watch or to fill must stay so: before Linux 6.17, any userfaultfd could unregister it.
-  if (is_registered_ && getpid() == process_) {
+  if (is_registered_ && memory_ != 0 && memory_id() == memory_) {
     uffdio_range range{.start = reinterpret_cast<std::uintptr_t>(region_.host_address()), .len = region_.bytes()};
     static_cast<void>(ioctl(descriptor_.number(), UFFDIO_UNREGISTER, &range));
   }

@@ -1,13 +1,15 @@
 module;
 #include <cstddef>
-#include <cstdint>
+
+#include "fault_table.hpp"
 module cppvmm.guest_memory:zero_scan.impl;
 import :address;
 import :content_check;
 import :zero_scan;
 
-// Guests and other threads write while this reads. So every load is volatile: it happens once, where it stands, and
-// nothing follows from what an earlier one saw. ThreadSanitizer would call it a race, which it is.
+// Guests and other threads write while this reads. So loads stand in assembly: each happens once, where it stands, and
+// nothing follows from what an earlier one saw. ThreadSanitizer, which would call it the race that it is, does not see
+// them; and the fault table has them all.
 //
 // One pass can miss data that is always there: a writer that copies it to a word that was read already and then clears
 // the word that was not read yet. A page that seemed zero is read again the other way, where the same movement runs
@@ -15,48 +17,59 @@ import :zero_scan;
 
 namespace cppvmm {
 
-struct PortableWidth {
-  using Block [[gnu::vector_size(16), gnu::may_alias]] = std::uint64_t;
-};
-struct Avx2Width {
-  using Block [[gnu::vector_size(32), gnu::may_alias]] = std::uint64_t;
-};
-struct Avx512Width {
-  using Block [[gnu::vector_size(64), gnu::may_alias]] = std::uint64_t;
-};
+static constexpr std::size_t step = 256; // how often to look whether it can end
 
-template <class Width>
-[[gnu::always_inline, clang::no_sanitize("thread")]] static inline bool reads_zero_twice(const void* page) {
-  using Block = typename Width::Block;
-  constexpr std::size_t step = 256 / sizeof(Block); // how often to look whether it can end
-  constexpr std::size_t blocks = page_size / sizeof(Block);
-  const auto* const at = static_cast<const volatile Block*>(page);
-  for (std::size_t first = 0; first < blocks; first += step) {
-    Block seen = at[first];
-#pragma clang loop unroll(full)
-    for (std::size_t i = 1; i < step; ++i)
-      seen |= at[first + i];
-    if (__builtin_reduce_or(seen) != 0) return false;
-  }
-  for (std::size_t end = blocks; end > 0; end -= step) {
-    Block seen = at[end - 1];
-#pragma clang loop unroll(full)
-    for (std::size_t i = 2; i <= step; ++i)
-      seen |= at[end - i];
-    if (__builtin_reduce_or(seen) != 0) return false;
-  }
-  return true;
-}
+// LOADS: the bytes of a step, joined by OR in register 0. JUMP: to label %l1 if any is not zero. Never inlined: END
+// takes the upper halves of all registers, which no caller expects to keep across a call.
+#define CPPVMM_SCAN_STEP(at, LOADS, JUMP)                                                                              \
+  asm goto("1: " LOADS "2: " JUMP CPPVMM_ON_FAULT("%l2")                                                               \
+           :                                                                                                           \
+           : "r"(at)                                                                                                   \
+           : "xmm0", "xmm1", "k1", "rax", "cc", "memory"                                                               \
+           : data, fault)
 
-[[clang::no_sanitize("thread")]] static bool is_zero_portable(const void* page) {
-  return reads_zero_twice<PortableWidth>(page);
-}
-[[gnu::target("avx2"), clang::no_sanitize("thread")]] static bool is_zero_avx2(const void* page) {
-  return reads_zero_twice<Avx2Width>(page);
-}
-[[gnu::target("avx512f"), clang::no_sanitize("thread")]] static bool is_zero_avx512(const void* page) {
-  return reads_zero_twice<Avx512Width>(page);
-}
+#define CPPVMM_SCAN(NAME, UP, DOWN, JUMP, END)                                                                         \
+  [[gnu::noinline]] static PageContent NAME(const void* page) {                                                        \
+    const auto* const bytes = static_cast<const std::byte*>(page);                                                     \
+    for (std::size_t at = 0; at < page_size; at += step)                                                               \
+      CPPVMM_SCAN_STEP(bytes + at, UP, JUMP);                                                                          \
+    for (std::size_t at = page_size; at > 0; at -= step)                                                               \
+      CPPVMM_SCAN_STEP(bytes + at - step, DOWN, JUMP);                                                                 \
+    asm volatile(END);                                                                                                 \
+    return PageContent::zero;                                                                                          \
+  data:                                                                                                                \
+    asm volatile(END);                                                                                                 \
+    return PageContent::data;                                                                                          \
+  fault:                                                                                                               \
+    asm volatile(END);                                                                                                 \
+    return PageContent::inaccessible;                                                                                  \
+  }
+
+#define CPPVMM_OR(offset) "por " #offset "(%0), %%xmm0\n"
+CPPVMM_SCAN(scan_portable,
+            "movdqa (%0), %%xmm0\n" CPPVMM_OR(16) CPPVMM_OR(32) CPPVMM_OR(48) CPPVMM_OR(64) CPPVMM_OR(80) CPPVMM_OR(96)
+                CPPVMM_OR(112) CPPVMM_OR(128) CPPVMM_OR(144) CPPVMM_OR(160) CPPVMM_OR(176) CPPVMM_OR(192) CPPVMM_OR(208)
+                    CPPVMM_OR(224) CPPVMM_OR(240),
+            "movdqa 240(%0), %%xmm0\n" CPPVMM_OR(224) CPPVMM_OR(208) CPPVMM_OR(192) CPPVMM_OR(176) CPPVMM_OR(160)
+                CPPVMM_OR(144) CPPVMM_OR(128) CPPVMM_OR(112) CPPVMM_OR(96) CPPVMM_OR(80) CPPVMM_OR(64) CPPVMM_OR(48)
+                    CPPVMM_OR(32) CPPVMM_OR(16) CPPVMM_OR(0),
+            "pxor %%xmm1, %%xmm1\npcmpeqb %%xmm1, %%xmm0\npmovmskb %%xmm0, %%eax\ncmpl $0xffff, %%eax\njne %l1\n", "")
+#undef CPPVMM_OR
+
+#define CPPVMM_OR(offset) "vpor " #offset "(%0), %%ymm0, %%ymm0\n"
+CPPVMM_SCAN(scan_avx2,
+            "vmovdqa (%0), %%ymm0\n" CPPVMM_OR(32) CPPVMM_OR(64) CPPVMM_OR(96) CPPVMM_OR(128) CPPVMM_OR(160)
+                CPPVMM_OR(192) CPPVMM_OR(224),
+            "vmovdqa 224(%0), %%ymm0\n" CPPVMM_OR(192) CPPVMM_OR(160) CPPVMM_OR(128) CPPVMM_OR(96) CPPVMM_OR(64)
+                CPPVMM_OR(32) CPPVMM_OR(0),
+            "vptest %%ymm0, %%ymm0\njnz %l1\n", "vzeroupper")
+#undef CPPVMM_OR
+
+#define CPPVMM_OR(offset) "vporq " #offset "(%0), %%zmm0, %%zmm0\n"
+CPPVMM_SCAN(scan_avx512, "vmovdqa64 (%0), %%zmm0\n" CPPVMM_OR(64) CPPVMM_OR(128) CPPVMM_OR(192),
+            "vmovdqa64 192(%0), %%zmm0\n" CPPVMM_OR(128) CPPVMM_OR(64) CPPVMM_OR(0),
+            "vptestmq %%zmm0, %%zmm0, %%k1\nkortestw %%k1, %%k1\njnz %l1\n", "vzeroupper")
+#undef CPPVMM_OR
 
 const char* to_string(ZeroScan scan) {
   switch (scan) {
@@ -93,14 +106,14 @@ ZeroScan resolve(ZeroScan scan) {
   return is_supported(ZeroScan::avx2) ? ZeroScan::avx2 : ZeroScan::portable;
 }
 
-bool is_zero_page(ZeroScan scan, const void* page) {
+PageContent content_of_page(ZeroScan scan, const void* page) {
   switch (scan) {
   case ZeroScan::avx512:
-    return is_zero_avx512(page);
+    return scan_avx512(page);
   case ZeroScan::avx2:
-    return is_zero_avx2(page);
+    return scan_avx2(page);
   default:
-    return is_zero_portable(page);
+    return scan_portable(page);
   }
 }
 

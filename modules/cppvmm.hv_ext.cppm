@@ -1,14 +1,18 @@
-/// cppvmm.hv_ext: Hyper-V's extended hypercalls: the wire format, the Hyper-V interface that a guest sees, the answers.
+/// cppvmm.hv_ext: cppvmm.hv_calls for a VM of cppvmm.vcpu: how hypercalls arrive, the CPUID leaves, what
+/// is saved and restored, KVM's dirty log.
 ///
-///     auto hypercalls = cppvmm::ExtendedHypercalls::create(memory);
-///     // at a hypercall exit, with RCX, RDX, R8 and the CPL of the vCPU:
-///     auto result = hypercalls->handle(rcx, cppvmm::GuestAddress(rdx), cppvmm::GuestAddress(r8), cpl);
-///     if (result) set_rax(*result); else inject_undefined_opcode();
+///     auto hyperv = cppvmm::Hyperv::create(*vm, memory);
+///     hyperv->prepare(*vcpu, *kvm->supported_cpuid());
+///     for (;;) {
+///       auto exit = vcpu->run();
+///       if (!*hyperv->handle(*vcpu, *exit)) handle_myself(*exit);
+///     }
+///
+/// Every call gives a KvmResult or HypervResult, which the example does not look at.
 export module cppvmm.hv_ext;
-export import :boot_zeroed_memory;
+export import :cpuid;
 export import :dirty_log;
 export import :error;
-export import :extended_hypercalls;
 export import :hyperv;
-export import :hyperv_interface;
-export import :tlfs;
+export import :synthetic_msrs;
+export import cppvmm.hv_calls;

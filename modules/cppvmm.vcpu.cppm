@@ -21,6 +21,7 @@ export import :file_descriptor;
 export import :hypercall;
 export import :kvm;
 export import :registers;
+export import :state;
 export import :stop;
 export import :vcpu;
 export import :vm;

@@ -12,7 +12,7 @@ groups=(build test instrumented lint lab guests)
 packages_of() {
   case $1 in
     build) echo clang-19 clang-tools-19 lld-19 ninja-build libcli11-dev nlohmann-json3-dev python3 ;;
-    test) echo libgtest-dev libgmock-dev libbenchmark-dev librapidcheck-dev ;;
+    test) echo libgtest-dev libgmock-dev libbenchmark-dev librapidcheck-dev btrfs-progs erofs-utils squashfs-tools ;;
     instrumented) echo libclang-rt-19-dev llvm-19 ;;
     lint) echo clang-tidy-19 clang-format-19 shellcheck ;;
     lab) echo qemu-system-x86 cpio util-linux xz-utils zstd ;;

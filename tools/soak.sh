@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# soak.sh [BOUND] [--seed S]: the oracle's random cases (cppvmm-soak --help).
+# soak.sh [BOUND] [--seed S]: the oracle's random cases; --moving [TIME]: memory that moves (cppvmm-soak --help).
 # shellcheck source=tools/build.sh
 source "$(dirname "${BASH_SOURCE[0]}")/build.sh"
 

@@ -32,10 +32,12 @@ export struct Capabilities {
   std::uint32_t sync_registers = 0;         ///< KVM_CAP_SYNC_REGS: sync_* bits.
   std::uint32_t user_space_msr_reasons = 0; ///< KVM_CAP_X86_USER_SPACE_MSR: msr_reason_* bits.
   bool msr_filter = false;                  ///< KVM_CAP_X86_MSR_FILTER.
+  std::size_t xsave_bytes = 0;              ///< KVM_CAP_XSAVE2 (Linux 5.17), as at the VM's first vCPU.
   bool hyperv = false;                      ///< KVM_CAP_HYPERV: KVM has a Hyper-V face of its own.
   bool hyperv_cpuid = false;                ///< KVM_CAP_HYPERV_CPUID, for a vCPU.
   bool system_hyperv_cpuid = false;         ///< KVM_CAP_SYS_HYPERV_CPUID, for /dev/kvm itself.
   bool hyperv_enforce_cpuid = false;        ///< KVM_CAP_HYPERV_ENFORCE_CPUID.
+  bool hyperv_synic = false;                ///< KVM_CAP_HYPERV_SYNIC2.
   /// KVM hands the hypercalls 0x8001 to 0x8041 to user space: bit 20 of 0x40000003.EBX in KVM_GET_SUPPORTED_HV_CPUID
   /// (Linux 6.3 and later, built with CONFIG_KVM_HYPERV).
   bool forwards_extended_hypercalls = false;

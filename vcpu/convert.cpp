@@ -118,11 +118,11 @@ SpecialRegisters from_kvm(const kvm_sregs& from) {
   return to;
 }
 
-// struct kvm_cpuid2 and struct kvm_msrs end in flexible arrays, which some versions of the header declare in a way that
-// C++ lays out otherwise than C. So here are tables with room for all that KVM takes, and request numbers with the size
-// that C gives the structs.
-constexpr unsigned long with_size_in_c(unsigned long request) {
-  return (request & ~(static_cast<unsigned long>(_IOC_SIZEMASK) << _IOC_SIZESHIFT)) | 8UL << _IOC_SIZESHIFT;
+// Some structs end in flexible arrays, which some versions of the header declare in a way that C++ lays out otherwise
+// than C. So here are tables with room for all that KVM takes, and request numbers with the size that C gives the
+// structs.
+constexpr unsigned long with_size_in_c(unsigned long request, unsigned long bytes = 8) {
+  return (request & ~(static_cast<unsigned long>(_IOC_SIZEMASK) << _IOC_SIZESHIFT)) | bytes << _IOC_SIZESHIFT;
 }
 constexpr unsigned long get_supported_cpuid_request = with_size_in_c(KVM_GET_SUPPORTED_CPUID);
 constexpr unsigned long get_supported_hv_cpuid_request = with_size_in_c(KVM_GET_SUPPORTED_HV_CPUID);
@@ -130,6 +130,11 @@ constexpr unsigned long get_cpuid2_request = with_size_in_c(KVM_GET_CPUID2);
 constexpr unsigned long set_cpuid2_request = with_size_in_c(KVM_SET_CPUID2);
 constexpr unsigned long get_msrs_request = with_size_in_c(KVM_GET_MSRS);
 constexpr unsigned long set_msrs_request = with_size_in_c(KVM_SET_MSRS);
+constexpr unsigned long get_msr_index_list_request = with_size_in_c(KVM_GET_MSR_INDEX_LIST, 4);
+constexpr std::size_t legacy_xsave_bytes = 4096; // of KVM_GET_XSAVE
+constexpr unsigned long get_xsave_request = with_size_in_c(KVM_GET_XSAVE, legacy_xsave_bytes);
+constexpr unsigned long get_xsave2_request = with_size_in_c(KVM_GET_XSAVE2, legacy_xsave_bytes);
+constexpr unsigned long set_xsave_request = with_size_in_c(KVM_SET_XSAVE, legacy_xsave_bytes);
 
 struct CpuidTable {
   static constexpr std::uint32_t capacity = 256; // KVM_MAX_CPUID_ENTRIES

@@ -1,7 +1,9 @@
 module;
 #include <cstdint>
 #include <expected>
+#include <stdexcept>
 #include <string>
+#include <utility>
 export module cppvmm.vcpu:error;
 
 namespace cppvmm {
@@ -29,5 +31,23 @@ export struct KvmError {
 
 export template <class T>
 using KvmResult = std::expected<T, KvmError>;
+
+/// A KvmError that is thrown: what() is its message.
+export class KvmException : public std::runtime_error {
+public:
+  explicit KvmException(const KvmError& error) : std::runtime_error(error.message()), error_(error) {}
+  [[nodiscard]] const KvmError& error() const noexcept { return error_; }
+
+private:
+  KvmError error_;
+};
+
+/// The value; throws a KvmException where there is none. For programs that end at the first error: what
+/// std::expected::value throws has no message.
+export template <class T>
+T value_or_throw(KvmResult<T> result) {
+  if (!result) throw KvmException(result.error());
+  return std::move(result).value();
+}
 
 } // namespace cppvmm

@@ -1,6 +1,7 @@
 module;
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <span>
 #include <variant>
 export module cppvmm.vcpu:exit;
@@ -110,13 +111,17 @@ export struct IoApicEoi {
   std::uint8_t vector = 0;
 };
 
-/// The host cannot supply the memory that the guest accesses (KVM_EXIT_MEMORY_FAULT; Linux 6.8 and later, before that
-/// run() fails with EFAULT).
+/// The host cannot supply the memory that the guest accesses: it is protected, unmapped, or beyond the end of its file.
+/// The access has not been made; run() tries it again. (A KVM that emulates the instruction may make it MMIO instead.)
+/// For memory that was lost to a memory error, KVM raises SIGBUS (BUS_MCEERR_AR) on the thread and tries again, which
+/// ends as Interrupted for a VMM that survives the signal.
 export struct MemoryFault {
-  std::uint64_t flags = 0;
-  std::uint64_t address = 0; ///< Guest-physical.
-  std::uint64_t size = 0;
-  int os_error = 0; ///< EFAULT or EHWPOISON.
+  std::uint64_t flags = 0; ///< KVM_MEMORY_EXIT_FLAG_*.
+  /// Guest-physical; nothing where KVM does not say. It does (KVM_EXIT_MEMORY_FAULT, Linux 6.8) for memory of a
+  /// guest_memfd; of other memory, Linux 6.12 fails with the bare error (arch/x86/kvm/mmu/mmu.c, kvm_handle_error_pfn).
+  std::optional<std::uint64_t> address = std::nullopt;
+  std::uint64_t size = 0; ///< 0 where KVM does not say.
+  int os_error = 0;       ///< EFAULT or EHWPOISON.
 };
 
 /// Why Vcpu::run returned.

@@ -1,5 +1,6 @@
 module;
 #include <algorithm>
+#include <cerrno>
 #include <cstddef>
 #include <cstdint>
 #include <expected>
@@ -64,10 +65,12 @@ static KvmResult<Capabilities> probe(int descriptor) {
   if (extension(KVM_CAP_X86_USER_SPACE_MSR) != 0)
     result.user_space_msr_reasons = msr_reason_invalid | msr_reason_unknown | msr_reason_filter;
   result.msr_filter = extension(KVM_CAP_X86_MSR_FILTER) != 0;
+  result.xsave_bytes = extension(KVM_CAP_XSAVE2);
   result.hyperv = extension(KVM_CAP_HYPERV) != 0;
   result.hyperv_cpuid = extension(KVM_CAP_HYPERV_CPUID) != 0;
   result.system_hyperv_cpuid = extension(KVM_CAP_SYS_HYPERV_CPUID) != 0;
   result.hyperv_enforce_cpuid = extension(KVM_CAP_HYPERV_ENFORCE_CPUID) != 0;
+  result.hyperv_synic = extension(KVM_CAP_HYPERV_SYNIC2) != 0;
   // Every kernel that forwards them (6.3) can be asked without a vCPU (5.11).
   if (result.system_hyperv_cpuid) {
     const auto entries = get_cpuid(descriptor, get_supported_hv_cpuid_request, "KVM_GET_SUPPORTED_HV_CPUID");
@@ -90,6 +93,24 @@ KvmResult<int> Kvm::check_extension(std::uint32_t number) const {
 
 KvmResult<std::vector<CpuidEntry>> Kvm::supported_cpuid() const {
   return get_cpuid(descriptor(), get_supported_cpuid_request, "KVM_GET_SUPPORTED_CPUID");
+}
+
+KvmResult<std::vector<std::uint32_t>> Kvm::msr_indices() const {
+  // How many there are, KVM says by refusing.
+  std::vector<std::uint32_t> table(1);
+  for (int attempt = 0; attempt < 3; ++attempt) {
+    table[0] = static_cast<std::uint32_t>(table.size() - 1);
+    const auto got =
+        kvm_set(descriptor(), get_msr_index_list_request, table.data(), "KVM_GET_MSR_INDEX_LIST", table[0]);
+    if (got) {
+      table.resize(1 + table[0]);
+      table.erase(table.begin());
+      return table;
+    }
+    if (got.error().os_error != E2BIG) return std::unexpected(got.error());
+    table.resize(1 + table[0]);
+  }
+  return failed(KvmErrc::unsupported, "KVM_GET_MSR_INDEX_LIST", table[0]);
 }
 
 KvmResult<std::vector<CpuidEntry>> Kvm::supported_hv_cpuid() const {

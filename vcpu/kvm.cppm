@@ -30,6 +30,10 @@ public:
   /// The leaves of KVM's own Hyper-V face; unsupported where it has none. Before Linux 5.11 this makes a VM to ask it.
   [[nodiscard]] KvmResult<std::vector<CpuidEntry>> supported_hv_cpuid() const;
 
+  /// The MSRs that a VM's saved state has (KVM_GET_MSR_INDEX_LIST), for Vcpu::msrs. Which of them a vCPU has depends on
+  /// its CPUID.
+  [[nodiscard]] KvmResult<std::vector<std::uint32_t>> msr_indices() const;
+
   /// `type`: 0 for an ordinary VM.
   [[nodiscard]] KvmResult<Vm> create_vm(std::uint64_t type = 0) const;
 

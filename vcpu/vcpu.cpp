@@ -24,6 +24,7 @@ import :file_descriptor;
 import :hypercall;
 import :ioctl;
 import :registers;
+import :state;
 import :stop;
 import :stop_state;
 import :vcpu;
@@ -94,6 +95,9 @@ struct Vcpu::Impl {
   std::uint32_t sync_offered = 0;
   bool hyperv_cpuid = false;
   bool hyperv_enforce_cpuid = false;
+  bool hyperv_synic = false;
+  bool has_synic = false;
+  std::size_t xsave_bytes = 0;
   bool system_event_data = false;
   std::optional<std::uint8_t> hypercall_port;
 
@@ -154,6 +158,8 @@ KvmResult<Vcpu> Vcpu::adopt(FileDescriptor descriptor, const Capabilities& capab
   impl->sync = impl->sync_offered & sync_general_registers;
   impl->hyperv_cpuid = capabilities.hyperv_cpuid;
   impl->hyperv_enforce_cpuid = capabilities.hyperv_enforce_cpuid;
+  impl->hyperv_synic = capabilities.hyperv_synic;
+  impl->xsave_bytes = std::max(legacy_xsave_bytes, capabilities.xsave_bytes);
   impl->system_event_data = capabilities.system_event_data;
   return Vcpu(std::move(impl));
 }
@@ -295,6 +301,88 @@ KvmResult<void> Vcpu::set_msrs(std::span<const MsrEntry> entries) {
   return {};
 }
 
+// A structure of the kernel's, whose bytes `State` has.
+template <class Kernel, class State>
+static KvmResult<State> get_state(int descriptor, unsigned long request, const char* operation) {
+  static_assert(sizeof(State) == sizeof(Kernel));
+  State state;
+  if (const auto got = kvm_set(descriptor, request, &state, operation); !got) return std::unexpected(got.error());
+  return state;
+}
+
+KvmResult<VcpuEvents> Vcpu::events() const {
+  if (!impl_) return moved_from("Vcpu::events");
+  return get_state<kvm_vcpu_events, VcpuEvents>(impl_->fd(), KVM_GET_VCPU_EVENTS, "KVM_GET_VCPU_EVENTS");
+}
+
+KvmResult<void> Vcpu::set_events(const VcpuEvents& events) {
+  if (!impl_) return moved_from("Vcpu::set_events");
+  return kvm_set(impl_->fd(), KVM_SET_VCPU_EVENTS, &events, "KVM_SET_VCPU_EVENTS");
+}
+
+KvmResult<DebugRegisters> Vcpu::debug_registers() const {
+  if (!impl_) return moved_from("Vcpu::debug_registers");
+  return get_state<kvm_debugregs, DebugRegisters>(impl_->fd(), KVM_GET_DEBUGREGS, "KVM_GET_DEBUGREGS");
+}
+
+KvmResult<void> Vcpu::set_debug_registers(const DebugRegisters& registers) {
+  if (!impl_) return moved_from("Vcpu::set_debug_registers");
+  return kvm_set(impl_->fd(), KVM_SET_DEBUGREGS, &registers, "KVM_SET_DEBUGREGS");
+}
+
+KvmResult<ExtendedControlRegisters> Vcpu::extended_control_registers() const {
+  if (!impl_) return moved_from("Vcpu::extended_control_registers");
+  return get_state<kvm_xcrs, ExtendedControlRegisters>(impl_->fd(), KVM_GET_XCRS, "KVM_GET_XCRS");
+}
+
+KvmResult<void> Vcpu::set_extended_control_registers(const ExtendedControlRegisters& registers) {
+  if (!impl_) return moved_from("Vcpu::set_extended_control_registers");
+  return kvm_set(impl_->fd(), KVM_SET_XCRS, &registers, "KVM_SET_XCRS");
+}
+
+KvmResult<Xsave> Vcpu::xsave() const {
+  if (!impl_) return moved_from("Vcpu::xsave");
+  Xsave state{.bytes = std::vector<std::byte>(impl_->xsave_bytes)};
+  const bool is_larger = impl_->xsave_bytes > legacy_xsave_bytes;
+  if (const auto got = kvm_set(impl_->fd(), is_larger ? get_xsave2_request : get_xsave_request, state.bytes.data(),
+                               is_larger ? "KVM_GET_XSAVE2" : "KVM_GET_XSAVE");
+      !got)
+    return std::unexpected(got.error());
+  return state;
+}
+
+KvmResult<void> Vcpu::set_xsave(const Xsave& xsave) {
+  if (!impl_) return moved_from("Vcpu::set_xsave");
+  if (xsave.bytes.size() != impl_->xsave_bytes)
+    return failed(KvmErrc::invalid_argument, "Vcpu::set_xsave: bytes", xsave.bytes.size());
+  return kvm_set(impl_->fd(), set_xsave_request, xsave.bytes.data(), "KVM_SET_XSAVE");
+}
+
+KvmResult<LocalApic> Vcpu::local_apic() const {
+  if (!impl_) return moved_from("Vcpu::local_apic");
+  return get_state<kvm_lapic_state, LocalApic>(impl_->fd(), KVM_GET_LAPIC, "KVM_GET_LAPIC");
+}
+
+KvmResult<void> Vcpu::set_local_apic(const LocalApic& apic) {
+  if (!impl_) return moved_from("Vcpu::set_local_apic");
+  return kvm_set(impl_->fd(), KVM_SET_LAPIC, &apic, "KVM_SET_LAPIC");
+}
+
+KvmResult<std::uint32_t> Vcpu::tsc_khz() const {
+  if (!impl_) return moved_from("Vcpu::tsc_khz");
+  const auto khz = kvm_ioctl(impl_->fd(), KVM_GET_TSC_KHZ, std::uintptr_t{0}, "KVM_GET_TSC_KHZ");
+  if (!khz) return std::unexpected(khz.error());
+  if (*khz <= 0) return failed(KvmErrc::unsupported, "KVM_GET_TSC_KHZ");
+  return static_cast<std::uint32_t>(*khz);
+}
+
+KvmResult<void> Vcpu::set_tsc_khz(std::uint32_t khz) {
+  if (!impl_) return moved_from("Vcpu::set_tsc_khz");
+  const auto set = kvm_ioctl(impl_->fd(), KVM_SET_TSC_KHZ, std::uintptr_t{khz}, "KVM_SET_TSC_KHZ", khz);
+  if (!set) return std::unexpected(set.error());
+  return {};
+}
+
 KvmResult<MpState> Vcpu::mp_state() const {
   if (!impl_) return moved_from("Vcpu::mp_state");
   kvm_mp_state state{};
@@ -384,7 +472,8 @@ KvmResult<Exit> Vcpu::run() {
   } // interrupted: KVM has stored them, or has not come as far as to change them
   if (interrupted) return Interrupted{.stop_requested = stopped};
   if (error == 0) return impl.decode();
-  if ((error == EFAULT || error == EHWPOISON) && run.exit_reason == exit_memory_fault) {
+  if (error == EFAULT || error == EHWPOISON) {
+    if (run.exit_reason != exit_memory_fault) return MemoryFault{.os_error = error};
     MemoryFaultFields fields;
     static_assert(sizeof fields <= sizeof run.padding);
     std::memcpy(&fields, run.padding, sizeof fields);
@@ -650,6 +739,18 @@ KvmResult<void> Vcpu::use_user_hypercalls(std::uint8_t port) {
   if ((impl_->sync & sync_general_registers) != 0) impl_->sync |= impl_->sync_offered & sync_special_registers;
   return {};
 }
+
+KvmResult<void> Vcpu::enable_hyperv_synic() {
+  if (!impl_) return moved_from("Vcpu::enable_hyperv_synic");
+  if (!impl_->hyperv_synic) return failed(KvmErrc::unsupported, "KVM_CAP_HYPERV_SYNIC2", KVM_CAP_HYPERV_SYNIC2);
+  kvm_enable_cap enable{};
+  enable.cap = KVM_CAP_HYPERV_SYNIC2;
+  auto enabled = kvm_set(impl_->fd(), KVM_ENABLE_CAP, &enable, "KVM_ENABLE_CAP KVM_CAP_HYPERV_SYNIC2");
+  impl_->has_synic = enabled.has_value() || impl_->has_synic;
+  return enabled;
+}
+
+bool Vcpu::has_hyperv_synic() const { return impl_ && impl_->has_synic; }
 
 KvmResult<void> Vcpu::enforce_hyperv_cpuid(bool enforced) {
   if (!impl_) return moved_from("Vcpu::enforce_hyperv_cpuid");

@@ -13,6 +13,7 @@ import :exit;
 import :file_descriptor;
 import :hypercall;
 import :registers;
+import :state;
 import :stop;
 
 namespace cppvmm {
@@ -31,7 +32,7 @@ export struct VcpuOptions {
 export class Vcpu {
 public:
   /// Takes over a vCPU descriptor (KVM_CREATE_VCPU) of the KVM that `capabilities` describe. An error when the
-  /// descriptor is no vCPU.
+  /// descriptor is no vCPU. Capabilities::xsave_bytes is to be what KVM_CAP_XSAVE2 says for its VM.
   [[nodiscard]] static KvmResult<Vcpu> adopt(FileDescriptor descriptor, const Capabilities& capabilities,
                                              std::uint32_t id = 0, VcpuOptions options = {});
 
@@ -66,6 +67,28 @@ public:
   [[nodiscard]] KvmResult<std::vector<MsrEntry>> msrs(std::span<const std::uint32_t> indices) const;
   /// Sets them in order; the error names the first that KVM refused, those before it are set.
   [[nodiscard]] KvmResult<void> set_msrs(std::span<const MsrEntry> entries);
+
+  /// What KVM keeps of a vCPU beside its registers and MSRs, for snapshots and migration (but for that of a guest's own
+  /// guests: KVM_GET_NESTED_STATE); none runs meanwhile, and the last exit was
+  /// finished (by run() with a stop requested, which returns before the guest executes anything). To be put back in
+  /// this order: set_tsc_khz, CPUID, set_special_registers, set_extended_control_registers, set_xsave,
+  /// set_registers, set_local_apic, set_msrs, set_debug_registers, set_mp_state, set_events.
+  [[nodiscard]] KvmResult<VcpuEvents> events() const;
+  [[nodiscard]] KvmResult<void> set_events(const VcpuEvents& events);
+  [[nodiscard]] KvmResult<DebugRegisters> debug_registers() const;
+  [[nodiscard]] KvmResult<void> set_debug_registers(const DebugRegisters& registers);
+  [[nodiscard]] KvmResult<ExtendedControlRegisters> extended_control_registers() const;
+  [[nodiscard]] KvmResult<void> set_extended_control_registers(const ExtendedControlRegisters& registers);
+  [[nodiscard]] KvmResult<Xsave> xsave() const;
+  /// invalid_argument unless it has as many bytes as xsave() gives here.
+  [[nodiscard]] KvmResult<void> set_xsave(const Xsave& xsave);
+  /// In a VM with KVM's interrupt controller.
+  [[nodiscard]] KvmResult<LocalApic> local_apic() const;
+  [[nodiscard]] KvmResult<void> set_local_apic(const LocalApic& apic);
+  /// The frequency of the guest's time stamp counter, in kHz. unsupported when KVM does not know it.
+  [[nodiscard]] KvmResult<std::uint32_t> tsc_khz() const;
+  /// os with EINVAL where this processor cannot be scaled to it.
+  [[nodiscard]] KvmResult<void> set_tsc_khz(std::uint32_t khz);
 
   [[nodiscard]] KvmResult<MpState> mp_state() const;
   [[nodiscard]] KvmResult<void> set_mp_state(MpState state);
@@ -109,10 +132,16 @@ public:
   /// Answers Hypercall with #UD, RIP at the trapping instruction and every register as it was at the call.
   [[nodiscard]] KvmResult<void> refuse_hypercall();
 
-  /// From now on, a write of one byte to `port` is a Hypercall (transport `user`); wider ones stay IoOut. KVM does not
-  /// tell a step of OUTSB from an OUT: that is the guest's own doing, and a call with the registers that it has.
-  /// invalid_argument for unusable_hypercall_port. The VMM puts user_hypercall_code(port) into the hypercall page.
+  /// From now on, a write of one byte to `port` is a Hypercall (transports `user` and `split`); wider ones stay IoOut.
+  /// KVM does not tell a step of OUTSB from an OUT: that is the guest's own doing, and a call with the registers that
+  /// it has. invalid_argument for unusable_hypercall_port. The VMM puts user_hypercall_code(port) or
+  /// split_hypercall_code into the hypercall page.
   [[nodiscard]] KvmResult<void> use_user_hypercalls(std::uint8_t port = user_hypercall_port);
+  /// KVM_CAP_HYPERV_SYNIC2: KVM's synthetic interrupt controller, for synthetic timers and messages, in a VM with KVM's
+  /// interrupt controller; for good. unsupported where KVM lacks it.
+  [[nodiscard]] KvmResult<void> enable_hyperv_synic();
+  /// Whether that was done.
+  [[nodiscard]] bool has_hyperv_synic() const;
   /// KVM_CAP_HYPERV_ENFORCE_CPUID: KVM refuses what the guest's Hyper-V CPUID leaves do not grant, extended hypercalls
   /// included (transport `kernel`). unsupported where KVM lacks it.
   [[nodiscard]] KvmResult<void> enforce_hyperv_cpuid(bool enforced = true);

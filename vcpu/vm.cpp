@@ -1,5 +1,6 @@
 module;
 #include <array>
+#include <bit>
 #include <cstddef>
 #include <cstdint>
 #include <expected>
@@ -13,6 +14,7 @@ import :error;
 import :file_descriptor;
 import :hypercall;
 import :ioctl;
+import :state;
 import :vcpu;
 import :vm;
 
@@ -134,6 +136,49 @@ KvmResult<void> Vm::set_interrupt_line(std::uint32_t line, bool active) {
   return kvm_set(descriptor(), KVM_IRQ_LINE, &level, "KVM_IRQ_LINE", line);
 }
 
+// --- state ---
+
+KvmResult<InterruptController> Vm::interrupt_controller(InterruptChip chip) const {
+  kvm_irqchip state{};
+  state.chip_id = static_cast<std::uint32_t>(chip);
+  if (const auto got = kvm_set(descriptor(), KVM_GET_IRQCHIP, &state, "KVM_GET_IRQCHIP", state.chip_id); !got)
+    return std::unexpected(got.error());
+  return std::bit_cast<InterruptController>(state);
+}
+
+KvmResult<void> Vm::set_interrupt_controller(const InterruptController& controller) {
+  const auto state = std::bit_cast<kvm_irqchip>(controller);
+  return kvm_set(descriptor(), KVM_SET_IRQCHIP, &state, "KVM_SET_IRQCHIP", state.chip_id);
+}
+
+KvmResult<IntervalTimer> Vm::interval_timer() const {
+  IntervalTimer timer;
+  static_assert(sizeof timer == sizeof(kvm_pit_state2));
+  if (const auto got = kvm_set(descriptor(), KVM_GET_PIT2, &timer, "KVM_GET_PIT2"); !got)
+    return std::unexpected(got.error());
+  return timer;
+}
+
+KvmResult<void> Vm::set_interval_timer(const IntervalTimer& timer) {
+  return kvm_set(descriptor(), KVM_SET_PIT2, &timer, "KVM_SET_PIT2");
+}
+
+KvmResult<VmClock> Vm::clock() const {
+  VmClock clock;
+  static_assert(sizeof clock == sizeof(kvm_clock_data));
+  if (const auto got = kvm_set(descriptor(), KVM_GET_CLOCK, &clock, "KVM_GET_CLOCK"); !got)
+    return std::unexpected(got.error());
+  return clock;
+}
+
+// What KVM says of how it read the clock (KVM_CLOCK_TSC_STABLE and others) is no request; before Linux 5.16 it refuses
+// any flag.
+KvmResult<void> Vm::set_clock(const VmClock& clock) {
+  auto state = std::bit_cast<kvm_clock_data>(clock);
+  state.flags = 0;
+  return kvm_set(descriptor(), KVM_SET_CLOCK, &state, "KVM_SET_CLOCK");
+}
+
 // --- MSRs ---
 
 KvmResult<void> Vm::enable_user_space_msrs(std::uint32_t reasons) {
@@ -167,9 +212,12 @@ KvmResult<void> Vm::set_msr_filter(std::span<const MsrRange> denied) {
   return kvm_set(descriptor(), KVM_X86_SET_MSR_FILTER, &filter, "KVM_X86_SET_MSR_FILTER", denied.size());
 }
 
-KvmResult<void> Vm::take_hyperv_msrs() {
+KvmResult<void> Vm::take_hyperv_msrs(HypercallTransport transport) {
+  if (transport == HypercallTransport::kernel)
+    return failed(KvmErrc::invalid_argument, "Vm::take_hyperv_msrs: KVM owns them with transport 'kernel'");
   if (const auto enabled = enable_user_space_msrs(msr_reason_filter); !enabled) return enabled;
-  const MsrRange hyperv{.first = hyperv_msr_first, .count = hyperv_msr_count};
+  const MsrRange hyperv{.first = hyperv_msr_first,
+                        .count = transport == HypercallTransport::split ? split_msr_count : hyperv_msr_count};
   return set_msr_filter(std::span(&hyperv, 1));
 }
 
@@ -178,7 +226,12 @@ KvmResult<void> Vm::take_hyperv_msrs() {
 KvmResult<Vcpu> Vm::create_vcpu(std::uint32_t id, VcpuOptions options) {
   const auto created = kvm_ioctl(descriptor(), KVM_CREATE_VCPU, std::uintptr_t{id}, "KVM_CREATE_VCPU", id);
   if (!created) return std::unexpected(created.error());
-  return Vcpu::adopt(FileDescriptor(*created), capabilities_, id, options);
+  // How much XSAVE saves depends on what the process has asked for until the first vCPU (ARCH_REQ_XCOMP_GUEST_PERM).
+  Capabilities capabilities = capabilities_;
+  const auto xsave_bytes = check_extension(KVM_CAP_XSAVE2);
+  if (!xsave_bytes) return std::unexpected(xsave_bytes.error());
+  capabilities.xsave_bytes = static_cast<std::size_t>(*xsave_bytes);
+  return Vcpu::adopt(FileDescriptor(*created), capabilities, id, options);
 }
 
 } // namespace cppvmm

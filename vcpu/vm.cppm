@@ -6,6 +6,8 @@ export module cppvmm.vcpu:vm;
 import :capabilities;
 import :error;
 import :file_descriptor;
+import :hypercall;
+import :state;
 import :vcpu;
 
 namespace cppvmm {
@@ -69,15 +71,24 @@ public:
   /// Sets an input of KVM's interrupt controller (KVM_IRQ_LINE).
   [[nodiscard]] KvmResult<void> set_interrupt_line(std::uint32_t line, bool active);
 
+  /// What KVM keeps of the board, for snapshots and migration, while no vCPU runs; an error where the VM has none. The
+  /// clock goes on from where it was put back, and is to be put back before the vCPUs' MSRs.
+  [[nodiscard]] KvmResult<InterruptController> interrupt_controller(InterruptChip chip) const;
+  [[nodiscard]] KvmResult<void> set_interrupt_controller(const InterruptController& controller);
+  [[nodiscard]] KvmResult<IntervalTimer> interval_timer() const;
+  [[nodiscard]] KvmResult<void> set_interval_timer(const IntervalTimer& timer);
+  [[nodiscard]] KvmResult<VmClock> clock() const;
+  [[nodiscard]] KvmResult<void> set_clock(const VmClock& clock);
+
   /// MSR accesses that KVM refuses for these reasons (msr_reason_* bits) become ReadMsr and WriteMsr exits, not #GP.
   /// unsupported when KVM lacks a reason.
   [[nodiscard]] KvmResult<void> enable_user_space_msrs(std::uint32_t reasons);
   /// KVM leaves these MSRs alone (at most 16 ranges; none allows all again). What the guest then gets is #GP, or an
   /// exit where enable_user_space_msrs has msr_reason_filter. Replaces the filter as a whole.
   [[nodiscard]] KvmResult<void> set_msr_filter(std::span<const MsrRange> denied);
-  /// What the `user` hypercall transport needs: the Hyper-V MSRs as exits. Replaces both settings above. An embedder
-  /// who filters other MSRs too makes the two calls itself.
-  [[nodiscard]] KvmResult<void> take_hyperv_msrs();
+  /// What the transports `user` and `split` need: the Hyper-V MSRs that the VMM owns, as exits. Replaces both settings
+  /// above. An embedder who filters other MSRs too makes the two calls itself. invalid_argument for `kernel`.
+  [[nodiscard]] KvmResult<void> take_hyperv_msrs(HypercallTransport transport = HypercallTransport::user);
 
   /// `id`: below Capabilities::max_vcpus, and the APIC ID.
   [[nodiscard]] KvmResult<Vcpu> create_vcpu(std::uint32_t id, VcpuOptions options = {});

@@ -1,6 +1,10 @@
 #include <benchmark/benchmark.h>
 #include <cstddef>
 #include <cstdint>
+#include <optional>
+#include <span>
+#include <sys/mman.h>
+#include <utility>
 #include <vector>
 import cppvmm.guest_memory;
 
@@ -39,5 +43,57 @@ void write_across_regions(benchmark::State& state) {
   state.SetBytesProcessed(state.iterations() * state.range(0));
 }
 BENCHMARK(write_across_regions)->Arg(64)->Arg(4096)->Arg(1 << 20);
+
+/// Ways to the bytes: memory of our own, and adopted memory through the kernel or with a FaultGuard.
+enum class Way { own, kernel, guarded };
+
+class Memory {
+public:
+  explicit Memory(Way way)
+      : host_(mmap(nullptr, mib, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)),
+        map_(*MemoryMap::make(
+            {way == Way::own ? *Region::anonymous(GuestAddress(0), mib)
+                             : *Region::adopt(GuestAddress(0),
+                                              {.host_address = host_, .bytes = mib, .backing = Backing::anonymous})})) {
+    if (way == Way::guarded) guard_.emplace(*FaultGuard::install());
+  }
+  Memory(const Memory&) = delete;
+  Memory& operator=(const Memory&) = delete;
+  ~Memory() {
+    map_ = {};
+    munmap(host_, mib);
+  }
+  [[nodiscard]] const MemoryMap& map() const { return map_; }
+
+private:
+  void* host_;
+  MemoryMap map_;
+  std::optional<FaultGuard> guard_;
+};
+
+template <Way way>
+void read_by(benchmark::State& state) {
+  const Memory memory(way);
+  std::vector<std::byte> data(static_cast<std::size_t>(state.range(0)), std::byte{1});
+  static_cast<void>(memory.map().write(GuestAddress(0), data));
+  for (auto _ : state)
+    benchmark::DoNotOptimize(memory.map().read(GuestAddress(0), data));
+  state.SetBytesProcessed(state.iterations() * state.range(0));
+}
+BENCHMARK(read_by<Way::own>)->Arg(8)->Arg(4096)->Arg(1 << 20);
+BENCHMARK(read_by<Way::kernel>)->Arg(8)->Arg(4096)->Arg(1 << 20);
+BENCHMARK(read_by<Way::guarded>)->Arg(8)->Arg(4096)->Arg(1 << 20);
+
+template <Way way>
+void write_by(benchmark::State& state) {
+  const Memory memory(way);
+  const std::vector<std::byte> data(static_cast<std::size_t>(state.range(0)), std::byte{1});
+  for (auto _ : state)
+    benchmark::DoNotOptimize(memory.map().write(GuestAddress(0), data));
+  state.SetBytesProcessed(state.iterations() * state.range(0));
+}
+BENCHMARK(write_by<Way::own>)->Arg(8)->Arg(4096)->Arg(1 << 20);
+BENCHMARK(write_by<Way::kernel>)->Arg(8)->Arg(4096)->Arg(1 << 20);
+BENCHMARK(write_by<Way::guarded>)->Arg(8)->Arg(4096)->Arg(1 << 20);
 
 } // namespace

@@ -3,7 +3,7 @@
 #include <random>
 #include <sys/mman.h>
 import cppvmm.guest_memory;
-import cppvmm.hv_ext;
+import cppvmm.hv_calls;
 
 using namespace cppvmm;
 
@@ -20,7 +20,7 @@ void get_boot_zeroed_memory(benchmark::State& state) {
   const GuestMemory memory(*MemoryMap::make({region}));
   auto hypercalls = *ExtendedHypercalls::create(memory);
   for (auto _ : state)
-    benchmark::DoNotOptimize(hypercalls.handle(0x8002, GuestAddress(0), GuestAddress(0), 0));
+    benchmark::DoNotOptimize(hypercalls.handle({.control = 0x8002}));
 }
 BENCHMARK(get_boot_zeroed_memory)->Arg(100)->Arg(10'000)->Unit(benchmark::kMillisecond);
 
@@ -28,7 +28,7 @@ void query_capabilities(benchmark::State& state) {
   const GuestMemory memory(*MemoryMap::make({*Region::memfd(GuestAddress(0), 1 << 20)}));
   auto hypercalls = *ExtendedHypercalls::create(memory);
   for (auto _ : state)
-    benchmark::DoNotOptimize(hypercalls.handle(0x8001, GuestAddress(0), GuestAddress(0), 0));
+    benchmark::DoNotOptimize(hypercalls.handle({.control = 0x8001}));
 }
 BENCHMARK(query_capabilities);
 

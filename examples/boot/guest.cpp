@@ -49,7 +49,8 @@ std::string describe_exit(const Exit& exit) {
   } else if (const auto* event = std::get_if<SystemEvent>(&exit))
     text += " (type " + std::to_string(event->type) + ")";
   else if (const auto* fault = std::get_if<MemoryFault>(&exit))
-    text += " (address " + number(fault->address) + ", " + std::generic_category().message(fault->os_error) + ")";
+    text += " (address " + (fault->address ? number(*fault->address) : "unknown") + ", " +
+            std::generic_category().message(fault->os_error) + ")";
   return text;
 }
 

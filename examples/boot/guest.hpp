@@ -45,6 +45,8 @@ public:
   /// Puts the devices into the state that they have at power-on, and adds them to the VM, which has its memory and no
   /// vCPU yet. `vm` is there until `end`.
   [[nodiscard]] virtual Result<void> add_devices(Vm& vm) = 0;
+  /// Whether these bring KVM's interrupt controller.
+  [[nodiscard]] virtual bool has_interrupt_controller() const { return false; }
   /// What this vCPU's CPUID tells, but for Hyper-V's leaves.
   [[nodiscard]] virtual std::vector<CpuidEntry> cpuid(std::vector<CpuidEntry> supported, std::uint32_t /*id*/) const {
     return supported;

@@ -172,6 +172,8 @@ public:
     return {};
   }
 
+  [[nodiscard]] bool has_interrupt_controller() const override { return true; }
+
   [[nodiscard]] std::vector<CpuidEntry> cpuid(std::vector<CpuidEntry> supported, std::uint32_t id) const override {
     set_topology(supported, id, cpus_);
     return supported;

@@ -25,6 +25,7 @@
 #include <sys/utsname.h>
 #include <thread>
 #include <utility>
+#include <variant>
 #include <vector>
 
 #include "answer_figures.hpp"
@@ -128,6 +129,57 @@ void on_answer(const BootZeroedAnswer& answer, std::uint32_t boot, const Options
   } catch (const std::exception& error) {
     findings.fail(std::string("audit: ") + error.what());
   }
+}
+
+EnlightenmentBits bits_in(const std::vector<CpuidEntry>& leaves) {
+  EnlightenmentBits bits;
+  if (const auto* const features = find_cpuid(leaves, hv_cpuid_features))
+    bits = {.eax = features->eax, .ebx = features->ebx, .edx = features->edx};
+  if (const auto* const hints = find_cpuid(leaves, hv_cpuid_recommendations)) bits.hints = hints->eax;
+  return bits;
+}
+
+void keep_only(std::vector<CpuidEntry>& leaves, const EnlightenmentBits& bits) {
+  for (CpuidEntry& entry : leaves) {
+    if (entry.function == hv_cpuid_features) {
+      entry.eax &= bits.eax;
+      entry.ebx &= bits.ebx;
+      entry.edx &= bits.edx;
+    }
+    if (entry.function == hv_cpuid_recommendations) {
+      entry.eax &= bits.hints;
+      entry.ebx = 0xFFFF'FFFF; // a spinlock is never to be told of
+    }
+  }
+}
+
+/// All that a guest of the transport `user` can have: the minimal set, and time.
+std::vector<CpuidEntry> user_leaves(const Vcpu& vcpu, const HvOptions& options) {
+  std::vector<CpuidEntry> leaves;
+  for (const HvCpuidLeaf& leaf : hv_cpuid_leaves(options, user_time(vcpu)))
+    leaves.push_back({.function = leaf.function, .eax = leaf.eax, .ebx = leaf.ebx, .ecx = leaf.ecx, .edx = leaf.edx});
+  return leaves;
+}
+
+/// The MSRs of a reset and of a crash, whose events nobody handles here.
+void leave_out_unhandled(std::vector<CpuidEntry>& leaves) {
+  for (CpuidEntry& entry : leaves) {
+    if (entry.function != hv_cpuid_features) continue;
+    entry.eax &= ~(1U << 7);
+    entry.edx &= ~(1U << 10);
+  }
+}
+
+Hypercalls used_for(HypercallTransport transport) {
+  switch (transport) {
+  case HypercallTransport::kernel:
+    return Hypercalls::kernel;
+  case HypercallTransport::split:
+    return Hypercalls::split;
+  case HypercallTransport::user:
+    break;
+  }
+  return Hypercalls::user;
 }
 
 /// Whether a guest here can have addresses up to the end of its RAM.
@@ -389,6 +441,16 @@ private:
       // An audit that failed has said so to the findings.
       if (*handled) return findings_.failure() ? VcpuAction::stop_group : VcpuAction::resume;
     }
+    // SynIC is KVM's; that the guest has set it up is nothing to do here.
+    if (std::holds_alternative<HypervEvent>(exit)) return VcpuAction::resume;
+    if (const auto* const call = std::get_if<Hypercall>(&exit)) {
+      // No other hypercall is answered here. KVM looks at these bits first, too.
+      const HvControl control{call->control};
+      const bool is_malformed = control.has_reserved_bits() || control.is_nested();
+      const HvStatus status = is_malformed ? HvStatus::invalid_hypercall_input : HvStatus::invalid_hypercall_code;
+      if (auto done = vcpu.complete_hypercall(hv_result(status)); !done) return fail(done.error().message());
+      return VcpuAction::resume;
+    }
     const auto action = guest_->on_exit(vcpu, exit);
     return action ? *action : fail(action.error());
   }
@@ -396,6 +458,8 @@ private:
   Result<void> make_hyperv() {
     if (options_.hypercalls == Hypercalls::off) return {};
     HvOptions hv;
+    hv.boot_zeroed_memory = has_enlightenment(options_.enlightenments, "hv-boot-zeroed-mem");
+    hv.extended_hypercalls = hv.boot_zeroed_memory || has_enlightenment(options_.enlightenments, "hv-ext-query-caps");
     hv.on_boot_zeroed = [this](const BootZeroedAnswer& answer) {
       on_answer(answer, figures_.resets + 1, options_, *memory_->snapshot(), findings_, stop_.get_token());
       end_preparations();
@@ -405,6 +469,7 @@ private:
           ContentCheckOptions{.executor = [this](auto task) { boost::asio::post(helpers_, std::move(task)); }};
     std::optional<HypercallTransport> transport;
     if (options_.hypercalls == Hypercalls::kernel) transport = HypercallTransport::kernel;
+    if (options_.hypercalls == Hypercalls::split) transport = HypercallTransport::split;
     if (options_.hypercalls == Hypercalls::user) transport = HypercallTransport::user;
     auto hyperv = Hyperv::create(*power_->vm, *memory_, std::move(hv), transport);
     if (!hyperv)
@@ -413,13 +478,43 @@ private:
     return {};
   }
 
+  /// Of Hyper-V what the guest is to see, as far as KVM has it.
+  Result<HypervCpuid> show_hyperv(Vcpu& vcpu) {
+    const Enlightenments& chosen = options_.enlightenments;
+    const auto lacks = [&](const EnlightenmentBits& supported) -> std::string {
+      if (chosen.set != EnlightenmentSet::listed) return {};
+      const std::string missing = first_missing(chosen, supported);
+      return missing.empty() ? missing : "--enlightenments: there is no " + missing + " for this guest here";
+    };
+    if (chosen.set == EnlightenmentSet::minimal) return HypervCpuid{.with_time = false};
+    if (power_->hyperv->transport() == HypercallTransport::user) {
+      if (chosen.set == EnlightenmentSet::full) return HypervCpuid{};
+      auto leaves = user_leaves(vcpu, power_->hyperv->hypercalls().options());
+      if (const std::string why = lacks(bits_in(leaves)); !why.empty()) return failure(why);
+      keep_only(leaves, bits_of(chosen));
+      return HypervCpuid{.leaves = std::move(leaves)};
+    }
+    const bool wants_synic = has_enlightenment(chosen, "hv-synic") || has_enlightenment(chosen, "hv-stimer");
+    if (wants_synic && guest_->has_interrupt_controller() && kvm_->capabilities().hyperv_synic)
+      if (auto enabled = vcpu.enable_hyperv_synic(); !enabled) return failure(enabled.error().message());
+    auto full = full_hv_cpuid(vcpu);
+    if (!full) return failure(full.error().message());
+    const bool is_listed = chosen.set == EnlightenmentSet::listed;
+    if (const std::string why = lacks(bits_in(*full)); !why.empty()) return failure(why);
+    if (is_listed) keep_only(*full, bits_of(chosen));
+    leave_out_unhandled(*full);
+    return HypervCpuid{.leaves = std::move(*full), .enforce = is_listed && kvm_->capabilities().hyperv_enforce_cpuid};
+  }
+
   Result<void> make_vcpus() {
     for (std::uint32_t id = 0; id < options_.cpus; ++id) {
       auto vcpu = power_->vm->create_vcpu(id);
       if (!vcpu) return failure("vCPU " + std::to_string(id) + ": " + vcpu.error().message());
       auto leaves = guest_->cpuid(cpuid_, id);
       if (power_->hyperv) {
-        if (auto prepared = power_->hyperv->prepare(*vcpu, std::move(leaves)); !prepared)
+        auto shown = show_hyperv(*vcpu);
+        if (!shown) return std::unexpected(std::move(shown.error()));
+        if (auto prepared = power_->hyperv->prepare(*vcpu, std::move(leaves), *shown); !prepared)
           return failure(prepared.error().message());
       } else if (auto set = vcpu->set_cpuid(leaves); !set) {
         return failure(set.error().message());
@@ -431,9 +526,7 @@ private:
   }
 
   Result<RunFigures> collect() {
-    if (power_->hyperv)
-      figures_.transport =
-          power_->hyperv->transport() == HypercallTransport::kernel ? Hypercalls::kernel : Hypercalls::user;
+    if (power_->hyperv) figures_.transport = used_for(power_->hyperv->transport());
     figures_.answers = findings_.answers();
     figures_.ticks_per_second = vcpu_ticks_per_second();
     const auto map = memory_->snapshot();

@@ -3,9 +3,12 @@
 #include "tests/guests/zeroing/abi.hpp"
 
 #include <CLI/CLI.hpp>
+#include <algorithm>
 #include <charconv>
 #include <limits>
 #include <map>
+#include <sstream>
+#include <vector>
 
 namespace cppvmm::boot {
 namespace {
@@ -31,6 +34,7 @@ const std::map<std::string, HugePageUse> huge_page_uses = {{"system", HugePageUs
                                                            {"after-answer", HugePageUse::after_answer}};
 const std::map<std::string, Hypercalls> transports = {{"auto", Hypercalls::automatic},
                                                       {"kernel", Hypercalls::kernel},
+                                                      {"split", Hypercalls::split},
                                                       {"user", Hypercalls::user},
                                                       {"off", Hypercalls::off}};
 
@@ -51,6 +55,31 @@ CLI::Validator one_of(const std::map<std::string, T>& words) {
         return words.contains(text) ? std::string() : "\"" + text + "\" is none of " + list;
       },
       "");
+}
+
+std::string joined(const std::vector<std::string>& words) {
+  std::string line;
+  for (const std::string& word : words)
+    line += (line.empty() ? "" : ", ") + word;
+  return line;
+}
+
+Enlightenments enlightenments_of(const std::string& text) {
+  if (text == "full") return {};
+  if (text == "minimal") return {.set = EnlightenmentSet::minimal};
+  Enlightenments chosen{.set = EnlightenmentSet::listed};
+  std::istringstream words(text);
+  for (std::string word; std::getline(words, word, ',');)
+    chosen.names.push_back(word);
+  return chosen;
+}
+
+/// Empty, or what is wrong with the list.
+std::string check_enlightenments(const std::string& text) {
+  const auto names = enlightenment_names();
+  for (const std::string& name : enlightenments_of(text).names)
+    if (std::ranges::find(names, name) == names.end()) return "\"" + name + "\" is none of " + joined(names);
+  return text.empty() ? "is empty" : std::string();
 }
 
 /// Empty, or what is wrong with the size.
@@ -90,6 +119,7 @@ std::expected<Options, EarlyExit> parse_options(int argc, const char* const* arg
   std::string memory = "128M";
   std::string backing = "anonymous";
   std::string hypercalls = "auto";
+  std::string enlightenments = "full";
   std::string huge_pages = "system";
   std::string guest = "zeroing";
 
@@ -112,12 +142,21 @@ std::expected<Options, EarlyExit> parse_options(int argc, const char* const* arg
       ->capture_default_str()
       ->type_name("KIND")
       ->check(one_of(backings));
-  app.add_option("--hypercalls", hypercalls,
-                 "Who takes Hyper-V hypercalls: kernel (KVM forwards them), user (this program, by MSR filter and port "
-                 "I/O), auto (kernel where KVM can, else user), off (no Hyper-V interface)")
+  app.add_option(
+         "--hypercalls", hypercalls,
+         "Who takes Hyper-V hypercalls: kernel (KVM forwards them), split (KVM, but for extended ones, which trap "
+         "by port I/O), user (this program, by MSR filter and port I/O), auto (the first of these that KVM "
+         "can), off (no Hyper-V interface)")
       ->capture_default_str()
       ->type_name("WAY")
       ->check(one_of(transports));
+  app.add_option("--enlightenments", enlightenments,
+                 "Which of Hyper-V's enlightenments the guest is shown beside the extended hypercalls: full (all that "
+                 "KVM has; with --hypercalls user, where it has none, minimal and time), minimal, or a list: " +
+                     joined(enlightenment_names()))
+      ->capture_default_str()
+      ->type_name("SET")
+      ->check(CLI::Validator(check_enlightenments, ""));
   auto* const own_guest =
       app.add_option("--guest", guest, "The guest program: zeroing (zeroes all memory that it is not told to be zero)")
           ->capture_default_str()
@@ -181,6 +220,7 @@ std::expected<Options, EarlyExit> parse_options(int argc, const char* const* arg
   options.memory_bytes = parse_size(memory).value_or(0);
   options.backing = backings.at(backing);
   options.hypercalls = transports.at(hypercalls);
+  options.enlightenments = enlightenments_of(enlightenments);
   options.huge_pages = huge_page_uses.at(huge_pages);
   const bool is_huge = options.backing == MemoryBacking::hugetlb || options.backing == MemoryBacking::hugetlb_memfd;
   if (is_huge && options.memory_bytes % (2 * mebi) != 0)

@@ -1,6 +1,8 @@
 // cppvmm-boot's command line.
 #pragma once
 
+#include "enlightenments.hpp"
+
 #include <cstdint>
 #include <expected>
 #include <optional>
@@ -20,13 +22,14 @@ enum class MemoryBacking : std::uint8_t {
 };
 /// Transparent huge pages.
 enum class HugePageUse : std::uint8_t { system, never, always, after_answer };
-enum class Hypercalls : std::uint8_t { automatic, kernel, user, off };
+enum class Hypercalls : std::uint8_t { automatic, kernel, split, user, off };
 
 struct Options {
   std::uint64_t memory_bytes = std::uint64_t{128} << 20;
   std::uint32_t cpus = 1;
   MemoryBacking backing = MemoryBacking::anonymous;
   Hypercalls hypercalls = Hypercalls::automatic;
+  Enlightenments enlightenments{.set = EnlightenmentSet::full};
   HugePageUse huge_pages = HugePageUse::system;
   bool populate = false;      ///< RAM is present before the guest starts.
   bool write_watch = false;   ///< Until the first answer of a boot.

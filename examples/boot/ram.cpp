@@ -165,6 +165,7 @@ std::expected<AuditedRam, std::string> audited_ram(const MemoryMap& map) {
       break;
     }
     case Backing::hugetlb:
+    case Backing::hugetlb_private_file:
       audited.memory = Memory::private_hugetlb;
       break;
     default:

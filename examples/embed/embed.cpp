@@ -45,8 +45,8 @@ int check(int result, const char* what) {
 int main() try {
   const int kvm = check(open("/dev/kvm", O_RDWR | O_CLOEXEC), "cannot open /dev/kvm");
   const int vm = check(ioctl(kvm, KVM_CREATE_VM, 0), "KVM_CREATE_VM");
-  const Region ram = Region::anonymous(GuestAddress(0), std::uint64_t{32} << 20).value(); // throws on an error
-  GuestMemory memory(MemoryMap::make({ram}).value());
+  const Region ram = value_or_throw(Region::anonymous(GuestAddress(0), std::uint64_t{32} << 20));
+  GuestMemory memory(value_or_throw(MemoryMap::make({ram})));
   const kvm_userspace_memory_region slot{0, 0, 0, ram.bytes(), reinterpret_cast<std::uint64_t>(ram.host_address())};
   check(ioctl(vm, KVM_SET_USER_MEMORY_REGION, &slot), "KVM_SET_USER_MEMORY_REGION");
 
@@ -59,7 +59,7 @@ int main() try {
   check(ioctl(vm, KVM_X86_SET_MSR_FILTER, &filter), "KVM_X86_SET_MSR_FILTER");
 
   // (2) Make the two that answer. The hypercall page begins with: out %al, $port; ret.
-  auto hypercalls = ExtendedHypercalls::create(memory).value();
+  auto hypercalls = value_or_throw(ExtendedHypercalls::create(memory));
   HypervInterface hyperv(memory, std::array{std::byte{0xE6}, std::byte{port}, std::byte{0xC3}});
 
   // (3) Show the guest Hyper-V's CPUID leaves in the place of KVM's. (They want leaf 1's ECX[31], too.)
@@ -77,10 +77,10 @@ int main() try {
   check(ioctl(vcpu, set_cpuid2, &cpuid), "KVM_SET_CPUID2");
 
   // The guest's code, page tables that map 2 MiB to themselves, and the vCPU in 64-bit mode.
-  memory.load(GuestAddress(code), std::span(guest, guest_end)).value();
-  memory.write_value(GuestAddress(tables), tables + 0x1003).value();
-  memory.write_value(GuestAddress(tables + 0x1000), tables + 0x2003).value();
-  memory.write_value(GuestAddress(tables + 0x2000), std::uint64_t{0x83}).value();
+  value_or_throw(memory.load(GuestAddress(code), std::span(guest, guest_end)));
+  value_or_throw(memory.write_value(GuestAddress(tables), tables + 0x1003));
+  value_or_throw(memory.write_value(GuestAddress(tables + 0x1000), tables + 0x2003));
+  value_or_throw(memory.write_value(GuestAddress(tables + 0x2000), std::uint64_t{0x83}));
   kvm_sregs sregs;
   check(ioctl(vcpu, KVM_GET_SREGS, &sregs), "KVM_GET_SREGS");
   sregs.cs = {0, ~0U, 8, 11, 1, 0, 0, 1, 1, 1, 0, 0, 0};                       // 64-bit code
@@ -102,16 +102,21 @@ int main() try {
     } else if (run->exit_reason == KVM_EXIT_IO && run->io.port == port) {
       check(ioctl(vcpu, KVM_GET_REGS, &regs), "KVM_GET_REGS");
       check(ioctl(vcpu, KVM_GET_SREGS, &sregs), "KVM_GET_SREGS");
-      const auto result = hypercalls.handle(regs.rcx, GuestAddress(regs.rdx), GuestAddress(regs.r8), sregs.ss.dpl);
-      if (!result) return std::fputs("hypercall from CPL 3: #UD, for a guest that has such code\n", stderr), 1;
-      regs.rax = *result;
+      const bool long_mode = (sregs.efer & 0x400) != 0 && sregs.cs.l != 0;
+      HvCallRegisters used{regs.rax, regs.rbx, regs.rcx, regs.rdx, regs.rsi, regs.rdi, regs.r8};
+      const auto result = hypercalls.handle(hv_call(used, long_mode, sregs.ss.dpl));
+      if (!result && result.error() == HvNoResult::undefined_opcode)
+        return std::fputs("hypercall from CPL 3: #UD, for a guest that has such code\n", stderr), 1;
+      // A call that is not ours is the VMM's to answer; this one has none.
+      set_hv_result(used, long_mode, result.value_or(hv_result(HvStatus::invalid_hypercall_code)));
+      regs.rax = used.rax, regs.rdx = used.rdx;
       check(ioctl(vcpu, KVM_SET_REGS, &regs), "KVM_SET_REGS");
     } else {
       return std::fprintf(stderr, "unexpected exit %u\n", run->exit_reason), 1;
     }
   }
   check(ioctl(vcpu, KVM_GET_REGS, &regs), "KVM_GET_REGS");
-  const auto answer = memory.read_value<std::array<std::uint64_t, 3>>(GuestAddress(output)).value();
+  const auto answer = value_or_throw(memory.read_value<std::array<std::uint64_t, 3>>(GuestAddress(output)));
   std::printf("status %llu: %lu ranges, first %lu pages from page %lu on\n", regs.rax, answer[0], answer[2], answer[1]);
 } catch (const std::exception& error) {
   std::fprintf(stderr, "%s\n", error.what());

@@ -44,6 +44,27 @@ TEST(BootOptions, AreTaken) {
   EXPECT_EQ(options->map, "out.svg");
 }
 
+TEST(BootOptions, EnlightenmentsAreASetOrAList) {
+  EXPECT_EQ(parse({})->enlightenments.set, EnlightenmentSet::full);
+  EXPECT_EQ(parse({"--enlightenments", "full"})->enlightenments.set, EnlightenmentSet::full);
+  EXPECT_EQ(parse({"--enlightenments", "minimal"})->enlightenments.set, EnlightenmentSet::minimal);
+  const auto listed = parse({"--enlightenments", "hv-time,hv-synic,hv-ext-query-caps"});
+  ASSERT_TRUE(listed);
+  EXPECT_EQ(listed->enlightenments.set, EnlightenmentSet::listed);
+  EXPECT_EQ(listed->enlightenments.names, (std::vector<std::string>{"hv-time", "hv-synic", "hv-ext-query-caps"}));
+  const EnlightenmentBits bits = bits_of(listed->enlightenments);
+  EXPECT_EQ(bits.eax, 1U << 1 | 1U << 2 | 1U << 5 | 1U << 6 | 1U << 9);
+  EXPECT_EQ(bits.ebx, 1U << 4 | 1U << 5);
+  EXPECT_EQ(bits.hints, 0U);
+  EXPECT_TRUE(has_enlightenment(listed->enlightenments, "hv-ext-query-caps"));
+  EXPECT_FALSE(has_enlightenment(listed->enlightenments, "hv-boot-zeroed-mem"));
+  EXPECT_TRUE(has_enlightenment({.set = EnlightenmentSet::minimal}, "hv-boot-zeroed-mem"));
+  EXPECT_FALSE(has_enlightenment({.set = EnlightenmentSet::minimal}, "hv-time"));
+  EXPECT_EQ(first_missing(listed->enlightenments, bits), "");
+  EXPECT_EQ(first_missing(listed->enlightenments, {.eax = bits.eax}), "hv-synic");
+  EXPECT_EQ(first_missing(listed->enlightenments, {}), "hv-synic");
+}
+
 TEST(BootOptions, SizesHaveBinarySuffixes) {
   EXPECT_EQ(parse_size("4096"), 4096U);
   EXPECT_EQ(parse_size("64M"), 64U << 20);
@@ -65,6 +86,8 @@ TEST(BootOptions, AMistakeIsOneLineAndStatus2) {
       {"--cpus", "two"},
       {"--backing", "paper"},
       {"--hypercalls", "maybe"},
+      {"--enlightenments", ""},
+      {"--enlightenments", "hv-time,hv-nothing"},
       {"--guest", "windows"},
       {"--guest", "zeroing", "--kernel", "bzImage"},
       {"--resets", "-1"},

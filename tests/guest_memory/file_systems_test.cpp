@@ -82,6 +82,7 @@ INSTANTIATE_TEST_SUITE_P(Kinds, OverlayFile, testing::Values(Backing::shared_fil
 
 // The descriptor's inode has no pages of its own: those of the layer below are seen by nobody.
 TEST_P(OverlayFile, ProvesNothingAndSaysWhy) {
+  if (GetParam() == Backing::private_file) GTEST_SKIP() << "it is read, for nobody changes it";
   for (const auto source : sources) {
     const Survey survey = memory.survey({.leave_out = {}, .source = source});
     EXPECT_TRUE(survey.zeroed.empty());

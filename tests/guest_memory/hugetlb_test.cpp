@@ -10,8 +10,10 @@
 #include <functional>
 #include <gtest/gtest.h>
 #include <linux/falloc.h>
+#include <linux/memfd.h>
 #include <linux/userfaultfd.h>
 #include <optional>
+#include <sched.h>
 #include <stop_token>
 #include <string>
 #include <sys/ioctl.h>
@@ -86,7 +88,7 @@ enum class Disturbance { migration, copy_on_write };
 class DisturbedHugePages : public HugePages, public testing::WithParamInterface<Disturbance> {
 protected:
   static constexpr std::uint64_t data_pages = 8;
-  static constexpr int surveys = 300;
+  static constexpr int surveys = 200;
 
   void SetUp() override {
     HugePages::SetUp();
@@ -170,6 +172,16 @@ TEST_P(DisturbedHugePages, OfPrivateMemoryAreNeverReported) {
 TEST_P(DisturbedHugePages, OfAFileAreNeverReported) {
   if (GetParam() == Disturbance::copy_on_write) GTEST_SKIP() << "shared memory is not copied on write";
   const Region region = *Region::hugetlb_memfd(GuestAddress(0), 2 * data_pages * huge, HugePageSize::two_mib);
+  survey_disturbed(region, PageSet(huge_pages(data_pages, data_pages)));
+}
+
+TEST_P(DisturbedHugePages, OfAPrivateFileAreNeverReported) {
+  constexpr std::uint64_t bytes = 2 * data_pages * huge;
+  const test::Descriptor file(memfd_create("snapshot", MFD_CLOEXEC | MFD_HUGETLB | MFD_HUGE_2MB));
+  ASSERT_EQ(ftruncate(file.number(), bytes), 0);
+  // Half of the data is the file's, until it is copied.
+  ASSERT_EQ(fallocate(file.number(), 0, 0, data_pages / 2 * huge), 0);
+  const Region region = *Region::private_file(GuestAddress(0), bytes, file.number(), 0);
   survey_disturbed(region, PageSet(huge_pages(data_pages, data_pages)));
 }
 
@@ -412,6 +424,34 @@ TEST_F(SurveyedHugePages, AreNotCountedInAForkedProcess) {
   EXPECT_TRUE(WIFEXITED(status) && WEXITSTATUS(status) == 0) << status;
 }
 
+// What the test below starts, as the first process of a namespace; with huge pages of its pool.
+TEST(FirstProcess, DISABLED_ItsHugePagesAreNotCountedInItsFork) {
+  ASSERT_EQ(getpid(), 1);
+  const Region region = *Region::hugetlb(GuestAddress(0), 8 * huge, HugePageSize::two_mib);
+  const GuestMemory memory(*MemoryMap::make({region}));
+  store(region, 3);
+  ASSERT_EQ(unshare(CLONE_NEWPID), 0);
+  EXPECT_TRUE(in_child([&] {
+    const Survey survey = memory.survey({.leave_out = {}, .source = EvidenceSource::legacy});
+    if (getpid() != 1 || survey.regions[0].evidence != Evidence::none) _exit(1);
+  }));
+}
+
+TEST_F(SurveyedHugePages, AreNotCountedInAForkThatHasTheSameProcessId) {
+  if (!in_child([] {
+        if (unshare(CLONE_NEWPID) != 0) _exit(1);
+      }))
+    GTEST_SKIP() << "no process namespaces here";
+  EXPECT_TRUE(in_child([] {
+    if (unshare(CLONE_NEWPID) != 0) _exit(1);
+    const bool is_right = in_child([] {
+      execl("/proc/self/exe", "guest_memory_tests", "--gtest_also_run_disabled_tests", "--gtest_filter=FirstProcess.*",
+            nullptr);
+    });
+    _exit(is_right ? 0 : 1);
+  }));
+}
+
 TEST_F(SurveyedHugePages, MayHaveNoPageTablesAtAll) {
   constexpr std::uint64_t bytes = std::uint64_t{5} << 30;
   void* const host =
@@ -472,6 +512,36 @@ TEST_F(SurveyedHugePages, AreWatchedAndSurveyedByManyAtOnce) {
       }
     }
     EXPECT_EQ(unsound.load(), 0);
+  }
+}
+
+/// Whether the memory is shared.
+class GigabytePages : public testing::TestWithParam<bool> {};
+
+INSTANTIATE_TEST_SUITE_P(Kinds, GigabytePages, testing::Bool(),
+                         [](const auto& info) { return info.param ? "hugetlb_memfd" : "hugetlb"; });
+
+TEST_P(GigabytePages, AreTouchedAndDiscardedAsAWhole) {
+  constexpr std::uint64_t gib = std::uint64_t{1} << 30;
+  constexpr GuestAddress start(4 * gib);
+  const auto region = GetParam() ? Region::hugetlb_memfd(start, gib, HugePageSize::one_gib)
+                                 : Region::hugetlb(start, gib, HugePageSize::one_gib);
+  if (!region) GTEST_SKIP() << "the pool has no page of 1 GiB: " << region.error().message();
+  GuestMemory memory(*MemoryMap::make({*region}));
+  for (const auto source : sources) {
+    SurveyOptions options;
+    options.source = source;
+    const auto look = [&] { return memory.survey(options); };
+    EXPECT_TRUE(look().touched.empty()) << name_of(source) << ": " << to_string(look().regions[0].evidence);
+    ASSERT_TRUE(memory.write_value(GuestAddress(5 * gib - 8), std::uint64_t{1}));
+    const PageRange whole = region->pages();
+    EXPECT_EQ(look().touched, PageSet(whole)) << name_of(source) << ": " << to_string(look().regions[0].evidence);
+    const auto discarded = memory.discard(PageSet(whole));
+    ASSERT_TRUE(discarded) << discarded.error().message();
+    EXPECT_EQ(discarded->freed_pages, whole.count());
+    EXPECT_TRUE(look().touched.empty()) << name_of(source);
+    EXPECT_EQ(*memory.read_value<std::uint64_t>(GuestAddress(5 * gib - 8)), 0U);
+    ASSERT_TRUE(memory.reset()); // for reading has brought a page
   }
 }
 

@@ -409,6 +409,37 @@ TEST_P(LifecycleOf, APluggedRegionShowsInTheNextSurveyAndAnUnpluggedOneDoesNot) 
   EXPECT_EQ(text(memory.survey().zeroed), text(before.zeroed));
 }
 
+// Whichever comes first: a region that is gone is in nobody's hands, and can be watched anew when it comes back.
+TEST(Lifecycle, AWatchOrLogThatBeginsWhileItsRegionIsRemovedDoesNotKeepIt) {
+  GuestMemory memory;
+  for (int i = 0; i < 300; ++i) {
+    std::optional<Region> region(*Region::anonymous(GuestAddress(0), mib));
+    keep_huge_pages_off(*region);
+    const auto* const host = static_cast<const std::byte*>(region->host_address());
+    ASSERT_TRUE(memory.add_region(*region));
+    {
+      const std::jthread other([&memory, i] {
+        if (i % 2 == 0)
+          static_cast<void>(memory.arm_write_watch(GuestAddress(0)).has_value());
+        else
+          static_cast<void>(
+              memory
+                  .begin_write_log(
+                      {.collect = [](PageRange, std::span<std::uint64_t>) -> MemoryResult<void> { return {}; },
+                       .by = Toucher::guest})
+                  .has_value());
+      });
+      if (i % 4 > 1) std::this_thread::yield();
+      ASSERT_TRUE(memory.remove_region(GuestAddress(0)));
+    }
+    region.reset();
+    unsigned char resident = 0;
+    EXPECT_NE(mincore(const_cast<std::byte*>(host), page_size, &resident), 0) << "mapped still";
+    EXPECT_EQ(errno, ENOMEM);
+    memory.end_write_log();
+  }
+}
+
 TEST(Lifecycle, ADiscardCrossesRegionsAndTakesMarksBack) {
   const Region low = *Region::anonymous(GuestAddress(0), mib);
   const Region high = *Region::memfd(GuestAddress(mib), mib);
@@ -635,6 +666,7 @@ TEST(Lifecycle, HugePagesAreKeptOffOrAskedFor) {
   const Region region = *Region::anonymous(GuestAddress(0), 8 * mib);
   GuestMemory memory(*MemoryMap::make({region}));
   if (!test::machine_facts().gives_huge_pages) GTEST_SKIP() << "the host gives no transparent huge pages";
+  if (!test::machine_facts().membarrier) GTEST_SKIP() << "membarrier is refused: huge pages have no evidence";
   ASSERT_TRUE(memory.snapshot()->set_huge_pages(HugePages::preferred));
   ASSERT_TRUE(memory.snapshot()->set_huge_pages(HugePages::never));
   store(region, 700);

@@ -188,4 +188,19 @@ TEST_P(MemoryErrorOf, IsGoneAfterAReset) {
   expect_reported_pages_read_zero();
 }
 
+// The watch protects the entry of a lost page as it does others, and it is never written.
+TEST_P(MemoryErrorOf, IsNotReportedBehindAWriteWatch) {
+  if (is_file()) GTEST_SKIP() << "files are not watched";
+  if (!test::machine_facts().async_write_protect) GTEST_SKIP() << "no asynchronous write protection (Linux 6.7)";
+  const auto emptied = memory.reset();
+  ASSERT_TRUE(emptied) << emptied.error().message();
+  *reinterpret_cast<volatile char*>(host(700)) = 0;
+  if (!lose(700)) GTEST_SKIP() << "no page of this memory can be lost: errno " << errno;
+  const auto armed = memory.arm_write_watch(GuestAddress(0),
+                                            {.baseline = Baseline::promise, .written_through_this_mapping_only = true});
+  ASSERT_TRUE(armed) << armed.error().message();
+  expect_reported_pages_read_zero();
+  EXPECT_FALSE(memory.survey().zeroed.contains(PageNumber(700)));
+}
+
 } // namespace

@@ -1,143 +1,25 @@
-#include <atomic>
-#include <cerrno>
-#include <cstddef>
 #include <cstdint>
-#include <cstdlib>
-#include <dirent.h>
-#include <fcntl.h>
-#include <fstream>
 #include <functional>
 #include <gtest/gtest.h>
-#include <malloc.h>
-#include <memory>
-#include <new>
-#include <optional>
-#include <ostream>
-#include <span>
 #include <string>
-#include <sys/mman.h>
-#include <unistd.h>
-#include <utility>
-#include <vector>
 
-#include "support/descriptor.hpp"
-#include "support/huge_pages.hpp"
-#include "support/machine_facts.hpp"
-#include "support/temporary_file.hpp"
+#include "support/failing_allocations.hpp"
+
+#include "support/surveyed_memory.hpp"
 
 import cppvmm.guest_memory;
 
 // A process that has no memory left: a guest can ask again and again, so each call that throws must leave nothing
 // behind. Every allocation of a call is failed in its turn.
 
-namespace {
-
-/// How many more allocations of this thread succeed; negative: all.
-thread_local long allocations_left = -1;
-
-void* allocate(std::size_t bytes, std::size_t alignment) {
-  if (allocations_left == 0) return nullptr;
-  if (allocations_left > 0) --allocations_left;
-  return alignment <= __STDCPP_DEFAULT_NEW_ALIGNMENT__
-             ? std::malloc(bytes != 0 ? bytes : 1)
-             : std::aligned_alloc(alignment, (bytes + alignment - 1) / alignment * alignment);
-}
-
-void* allocate_or_throw(std::size_t bytes, std::size_t alignment) {
-  void* const memory = allocate(bytes, alignment);
-  if (memory == nullptr) throw std::bad_alloc();
-  return memory;
-}
-
-} // namespace
-
-void* operator new(std::size_t bytes) { return allocate_or_throw(bytes, 1); }
-void* operator new(std::size_t bytes, std::align_val_t alignment) {
-  return allocate_or_throw(bytes, static_cast<std::size_t>(alignment));
-}
-void* operator new(std::size_t bytes, const std::nothrow_t&) noexcept { return allocate(bytes, 1); }
-void operator delete(void* memory) noexcept { std::free(memory); }
-void operator delete(void* memory, std::size_t) noexcept { std::free(memory); }
-void operator delete(void* memory, std::align_val_t) noexcept { std::free(memory); }
-void operator delete(void* memory, std::size_t, std::align_val_t) noexcept { std::free(memory); }
-
 using namespace cppvmm;
+using test::MemoryKind;
 
 namespace {
-
-constexpr std::uint64_t mib = 1 << 20;
 
 PageRange pages(std::uint64_t first, std::uint64_t count) { return *PageRange::make(PageNumber(first), count); }
 
-/// What a process can use up.
-struct Held {
-  std::size_t descriptors = 0;
-  std::size_t mappings = 0;
-  friend bool operator==(const Held&, const Held&) = default;
-  friend std::ostream& operator<<(std::ostream& out, const Held& held) {
-    return out << held.descriptors << " descriptors, " << held.mappings << " mappings";
-  }
-};
-
-Held held_now() {
-  Held held;
-  DIR* const folder = opendir("/proc/self/fd");
-  EXPECT_NE(folder, nullptr) << errno;
-  while (folder != nullptr && readdir(folder) != nullptr)
-    ++held.descriptors;
-  if (folder != nullptr) closedir(folder);
-  std::ifstream maps("/proc/self/maps");
-  for (std::string line; std::getline(maps, line);)
-    ++held.mappings;
-  return held;
-}
-
-/// Bytes that malloc has given out and not got back.
-std::size_t heap_now() {
-  const struct mallinfo2 heap = mallinfo2();
-  return heap.uordblks + heap.hblkhd;
-}
-
-/// Does `call` again and again, with one allocation more each time, until it does not run out. How often it did.
-long fail_each_allocation(const std::function<void()>& call) {
-  constexpr long most = 100'000;
-  for (long allowed = 0; allowed < most; ++allowed) {
-    bool ran_out = false;
-    allocations_left = allowed;
-    try {
-      call();
-    } catch (const std::bad_alloc&) {
-      ran_out = true;
-    }
-    allocations_left = -1;
-    if (!ran_out) return allowed;
-  }
-  ADD_FAILURE() << "it never came to an end";
-  return most;
-}
-
-/// The same, and that nothing is left of it; the first time around, for what is made once in a process.
-void expect_nothing_left(const std::function<void()>& call) {
-  EXPECT_GT(fail_each_allocation(call), 0);
-  const Held before = held_now();
-  const std::size_t heap = heap_now();
-  EXPECT_GT(fail_each_allocation(call), 0);
-  EXPECT_EQ(held_now(), before);
-  // What is freed is kept for the next time, but not without bound.
-  for (int i = 0; i < 5; ++i)
-    EXPECT_GT(fail_each_allocation(call), 0);
-  EXPECT_LE(heap_now(), heap + 4096);
-}
-
-struct Kind {
-  const char* name;
-  Backing backing;
-  EvidenceSource source = EvidenceSource::automatic;
-};
-
-void PrintTo(const Kind& kind, std::ostream* out) { *out << kind.name; }
-
-constexpr Kind kinds[] = {
+constexpr MemoryKind kinds[] = {
     {"anonymous", Backing::anonymous},
     {"anonymous_legacy", Backing::anonymous, EvidenceSource::legacy},
     {"memfd", Backing::memfd},
@@ -149,79 +31,16 @@ constexpr Kind kinds[] = {
     {"shared_file", Backing::shared_file},
 };
 
-/// 4 MiB of each kind, with data in page 5 and, where pages are of 4 KiB, in every eighth of the second half.
-class OutOfMemory : public testing::TestWithParam<Kind> {
+class OutOfMemory : public test::SurveyedMemory, public testing::WithParamInterface<MemoryKind> {
 protected:
-  static constexpr std::uint64_t bytes = 4 * mib;
-  static constexpr std::uint64_t count = bytes / page_size;
+  [[nodiscard]] MemoryKind kind() const override { return GetParam(); }
 
-  void SetUp() override {
-    if (is_hugetlb()) {
-      auto taken = test::HugePagePool::take();
-      if (!taken) GTEST_SKIP() << taken.error();
-      pool.emplace(std::move(*taken));
-    }
-    if (is_file()) {
-      const auto made = test::temporary_file();
-      ASSERT_TRUE(made) << made.error();
-      file = test::Descriptor(*made);
-      ASSERT_EQ(ftruncate(file.number(), bytes), 0);
-      const test::FileFacts facts = test::file_facts(file.number());
-      if (!facts.tell_the_truth()) GTEST_SKIP() << "files here do not tell the truth";
-      if (backing() == Backing::shared_file && facts.in_memory) GTEST_SKIP() << "files here are of a memfd's kind";
-    }
-    auto made = make();
-    ASSERT_TRUE(made) << made.error().message();
-    region.emplace(*made);
-    memory.replace(*MemoryMap::make({*region}));
-    madvise(region->host_address(), bytes, MADV_NOHUGEPAGE);
-    store(5);
-    for (std::uint64_t page = count / 2; page < count && !is_hugetlb(); page += 8)
-      store(page);
+  static void expect_nothing_left(const std::function<void()>& call) {
+    test::expect_nothing_left([&] {
+      call();
+      return false;
+    });
   }
-  void TearDown() override {
-    memory.replace({});
-    region.reset();
-    if (own != nullptr) munmap(own, bytes);
-  }
-
-  MemoryResult<Region> make() {
-    const GuestAddress start(0);
-    switch (backing()) {
-    case Backing::anonymous:
-      return Region::anonymous(start, bytes);
-    case Backing::memfd:
-      return Region::memfd(start, bytes);
-    case Backing::hugetlb:
-      return Region::hugetlb(start, bytes, HugePageSize::two_mib);
-    case Backing::hugetlb_memfd:
-      return Region::hugetlb_memfd(start, bytes, HugePageSize::two_mib);
-    case Backing::private_file:
-      return Region::private_file(start, bytes, file.number(), 0);
-    default:
-      if (own == nullptr)
-        own = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | (is_file() ? 0 : MAP_ANONYMOUS), file.number(),
-                   0);
-      EXPECT_NE(own, MAP_FAILED);
-      return Region::adopt(start, {own, bytes, backing(), file.number(), 0});
-    }
-  }
-
-  [[nodiscard]] static Backing backing() { return GetParam().backing; }
-  [[nodiscard]] static bool is_hugetlb() {
-    return backing() == Backing::hugetlb || backing() == Backing::hugetlb_memfd;
-  }
-  [[nodiscard]] static bool is_file() {
-    return backing() == Backing::private_file || backing() == Backing::shared_file;
-  }
-  void store(std::uint64_t page) const { static_cast<volatile char*>(region->host_address())[page * page_size] = 1; }
-  [[nodiscard]] SurveyOptions options() const { return {.leave_out = {}, .source = GetParam().source}; }
-
-  std::optional<test::HugePagePool> pool;
-  test::Descriptor file;
-  void* own = nullptr;
-  std::optional<Region> region;
-  GuestMemory memory;
 };
 
 INSTANTIATE_TEST_SUITE_P(Kinds, OutOfMemory, testing::ValuesIn(kinds),

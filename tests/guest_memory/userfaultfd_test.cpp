@@ -15,6 +15,7 @@
 #include <sys/syscall.h>
 #include <thread>
 #include <unistd.h>
+#include <utility>
 #include <vector>
 
 #include "support/descriptor.hpp"
@@ -41,7 +42,15 @@ public:
 
   explicit SnapshotHandler(const void* host) : host_(reinterpret_cast<std::uintptr_t>(host)) {
     snapshot_.fill(std::byte{snapshot_byte});
-    fd_ = test::Descriptor(static_cast<int>(syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK | user_mode_only)));
+    const auto open = [](int flags) {
+      return test::Descriptor(static_cast<int>(syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK | flags)));
+    };
+    fd_ = open(0);
+    if (!fd_.is_open()) {
+      // One that the kernel's own accesses are errors to: adopted memory is to be accessed by loads and stores then.
+      fd_ = open(user_mode_only);
+      if (auto guard = FaultGuard::install()) guard_.emplace(std::move(*guard));
+    }
     stop_ = test::Descriptor(eventfd(0, EFD_CLOEXEC));
     uffdio_api api{};
     api.api = UFFD_API;
@@ -91,6 +100,7 @@ private:
   alignas(page_size) std::array<std::byte, page_size> snapshot_{};
   alignas(page_size) std::array<std::byte, page_size> zeros_{};
   std::uintptr_t host_;
+  std::optional<FaultGuard> guard_;
   test::Descriptor fd_;
   test::Descriptor stop_;
   std::array<bool, count> removed_{};

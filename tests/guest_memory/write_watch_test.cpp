@@ -1,21 +1,30 @@
+#include <atomic>
 #include <cerrno>
 #include <csignal>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <expected>
+#include <fcntl.h>
 #include <functional>
 #include <gtest/gtest.h>
+#include <linux/userfaultfd.h>
 #include <new>
 #include <optional>
+#include <poll.h>
 #include <random>
 #include <span>
 #include <string>
+#include <sys/ioctl.h>
 #include <sys/mman.h>
+#include <sys/syscall.h>
 #include <sys/uio.h>
 #include <sys/wait.h>
+#include <thread>
 #include <unistd.h>
 #include <vector>
 
+#include "support/descriptor.hpp"
 #include "support/huge_pages_test.hpp"
 #include "support/machine_facts.hpp"
 
@@ -261,6 +270,7 @@ INSTANTIATE_TEST_SUITE_P(All, WriteWatchWithoutAPromise, kinds, name_of);
 
 TEST(WriteWatch, SeesPagesWithinAHugePage) {
   if (!has_watch()) GTEST_SKIP() << no_watch;
+  if (!test::machine_facts().membarrier) GTEST_SKIP() << "membarrier is refused: huge pages have no evidence";
   constexpr std::uint64_t huge = 512 * page_size;
   const Region region = *Region::anonymous(GuestAddress(0), 2 * huge);
   madvise(region.host_address(), 2 * huge, MADV_HUGEPAGE);
@@ -312,6 +322,56 @@ TEST_F(WriteWatchOfHugePages, ForgetsThoseThatAreDiscarded) {
     PageSet touched(pages(512, 1024));
     EXPECT_EQ(memory.survey().touched, touched);
   }
+}
+
+// Adopted memory is written by the kernel, through its own mapping of pages that it has looked up before: here it has
+// all of them when it waits for what it is to write.
+TEST(WriteWatch, MissesNoWriteToAdoptedMemoryWhileItIsArmed) {
+  if (!has_watch()) GTEST_SKIP() << no_watch;
+  const test::Descriptor uffd(static_cast<int>(syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK)));
+  if (!uffd.is_open()) GTEST_SKIP() << "no userfaultfd for the kernel's faults: errno " << errno;
+  uffdio_api api{};
+  api.api = UFFD_API;
+  ASSERT_EQ(ioctl(uffd.number(), UFFDIO_API, &api), 0);
+  std::byte* both[2]; // what is to be written, and where
+  for (std::byte*& one : both) {
+    void* const mapped = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    ASSERT_NE(mapped, MAP_FAILED);
+    one = static_cast<std::byte*>(mapped);
+    madvise(one, bytes, MADV_NOHUGEPAGE);
+  }
+  const auto [data, own] = both;
+  std::memset(own, 0, bytes);
+  std::memset(data, 1, bytes);
+  const auto missing = reinterpret_cast<std::uintptr_t>(data + page_size);
+  uffdio_register watched{};
+  watched.range = {.start = missing, .len = page_size};
+  watched.mode = UFFDIO_REGISTER_MODE_MISSING;
+  ASSERT_EQ(ioctl(uffd.number(), UFFDIO_REGISTER, &watched), 0);
+  ASSERT_EQ(madvise(data + page_size, page_size, MADV_DONTNEED), 0);
+  {
+    GuestMemory memory(*MemoryMap::make({*Region::adopt(start, {own, bytes, Backing::anonymous})}));
+    std::atomic<bool> is_over = false;
+    std::thread writer([&] {
+      EXPECT_TRUE(memory.write(start, std::span(data, bytes)));
+      is_over = true;
+    });
+    pollfd waits{.fd = uffd.number(), .events = POLLIN, .revents = 0};
+    while (poll(&waits, 1, 10) == 0 && !is_over) {
+    }
+    EXPECT_FALSE(is_over);
+    const auto armed = memory.arm_write_watch(start);
+    uffdio_copy page{};
+    page.dst = missing;
+    page.src = reinterpret_cast<std::uintptr_t>(data);
+    page.len = page_size;
+    EXPECT_EQ(ioctl(uffd.number(), UFFDIO_COPY, &page), 0);
+    writer.join();
+    EXPECT_TRUE(armed);
+    EXPECT_EQ(memory.survey().zeroed.page_count(), 0U) << "pages with data";
+  }
+  for (std::byte* const one : both)
+    munmap(one, bytes);
 }
 
 TEST(WriteWatch, IsNotForFiles) {

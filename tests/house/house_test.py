@@ -21,7 +21,8 @@ TREE = {
     "modules/cppvmm.guest_memory.cppm": "export module cppvmm.guest_memory;\nexport import :error;\n",
     "modules/cppvmm.vcpu.cppm": "/// Its example.\nexport module cppvmm.vcpu;\nexport import :error;\n",
     "modules/cppvmm.vcpu_group.cppm": "export module cppvmm.vcpu_group;\nexport import :group;\n",
-    "modules/cppvmm.hv_ext.cppm": "export module cppvmm.hv_ext;\nexport import :tlfs;\n",
+    "modules/cppvmm.hv_calls.cppm": "export module cppvmm.hv_calls;\nexport import :tlfs;\n",
+    "modules/cppvmm.hv_ext.cppm": "export module cppvmm.hv_ext;\nexport import :hyperv;\nexport import cppvmm.hv_calls;\n",
     "guest_memory/CMakeLists.txt": """\
 cppvmm_add_module(guest_memory
   INTERFACE
@@ -68,18 +69,28 @@ module;
 export module cppvmm.vcpu_group:group;
 import cppvmm.vcpu;
 """,
-    "hv_ext/CMakeLists.txt": """\
+    "hv_ext/CMakeLists.txt": "add_subdirectory(calls)\nadd_subdirectory(kvm)\n",
+    "hv_ext/calls/CMakeLists.txt": """\
+cppvmm_add_module(hv_calls
+  INTERFACE
+    modules/cppvmm.hv_calls.cppm
+    hv_ext/calls/tlfs.cppm
+  LINKS cppvmm_guest_memory
+)
+""",
+    "hv_ext/calls/tlfs.cppm": "export module cppvmm.hv_calls:tlfs;\nimport cppvmm.guest_memory;\n",
+    "hv_ext/kvm/CMakeLists.txt": """\
 cppvmm_add_module(hv_ext
   INTERFACE
     modules/cppvmm.hv_ext.cppm
-    hv_ext/tlfs.cppm
+    hv_ext/kvm/hyperv.cppm
   INTERNAL
-    hv_ext/tlfs.cpp
-  LINKS cppvmm_guest_memory cppvmm_vcpu
+    hv_ext/kvm/hyperv.cpp
+  LINKS cppvmm_hv_calls cppvmm_vcpu
 )
 """,
-    "hv_ext/tlfs.cppm": "export module cppvmm.hv_ext:tlfs;\nimport cppvmm.guest_memory;\n",
-    "hv_ext/tlfs.cpp": "module cppvmm.hv_ext:tlfs.impl;\nimport :tlfs;\nimport cppvmm.vcpu;\n",
+    "hv_ext/kvm/hyperv.cppm": "export module cppvmm.hv_ext:hyperv;\nimport cppvmm.hv_calls;\n",
+    "hv_ext/kvm/hyperv.cpp": "module cppvmm.hv_ext:hyperv.impl;\nimport :hyperv;\nimport cppvmm.vcpu;\n",
 }
 
 
@@ -122,13 +133,13 @@ class PlantedViolations(unittest.TestCase):
         """A new source; with a section, listed under it."""
         (self.root / path).write_text(text)
         if section:
-            self.edit(f"{path.split('/')[0]}/CMakeLists.txt", rf"^ *{section}$", rf"\g<0>\n    {path}")
+            self.edit(f"{pathlib.PurePosixPath(path).parent}/CMakeLists.txt", rf"^ *{section}$", rf"\g<0>\n    {path}")
 
     def after_module_line(self, path, line):
         self.edit(path, r"^(export )?module cppvmm[\w.:]*;$", rf"\g<0>\n{line}")
 
     def test_picture_out_of_date(self):
-        self.add("hv_ext/extra.cppm", "export module cppvmm.hv_ext:extra;\nimport :tlfs;\n", "INTERFACE")
+        self.add("hv_ext/kvm/extra.cppm", "export module cppvmm.hv_ext:extra;\nimport :hyperv;\n", "INTERFACE")
         self.edit("modules/cppvmm.hv_ext.cppm", r"\Z", "export import :extra;\n")
         status, output = self.run_house("--check")
         self.assertEqual((status, output), (1, "docs/house.svg:1: out of date: run ./dev graph\n"))
@@ -165,7 +176,6 @@ class PlantedViolations(unittest.TestCase):
         self.assert_caught("guest_memory/error.cppm:", "imports the front door")
 
     def test_cycle_of_modules(self):
-        self.after_module_line("hv_ext/tlfs.cppm", "import cppvmm.vcpu;")
         self.after_module_line("vcpu/error.cpp", "import cppvmm.hv_ext;")
         self.assert_caught("modules/", "cycle", "cppvmm.hv_ext -> cppvmm.vcpu -> cppvmm.hv_ext")
 
@@ -176,6 +186,10 @@ class PlantedViolations(unittest.TestCase):
     def test_vcpu_imports_guest_memory(self):
         self.after_module_line("vcpu/error.cppm", "  import   cppvmm.guest_memory ;")
         self.assert_caught("vcpu/error.cppm:", "cppvmm.vcpu imports cppvmm.guest_memory")
+
+    def test_hv_calls_imports_vcpu(self):
+        self.after_module_line("hv_ext/calls/tlfs.cppm", "import cppvmm.vcpu;")
+        self.assert_caught("hv_ext/calls/tlfs.cppm:", "cppvmm.hv_calls imports cppvmm.vcpu")
 
     def test_library_imports_hv_ext(self):
         self.after_module_line("vcpu/error.cpp", "export import cppvmm.hv_ext;")
@@ -225,7 +239,7 @@ class PlantedViolations(unittest.TestCase):
 
     def test_front_door_that_imports_another_module(self):
         self.edit("modules/cppvmm.hv_ext.cppm", r"\Z", "import cppvmm.guest_memory;\n")
-        self.assert_caught("modules/cppvmm.hv_ext.cppm:3:", "a front door exports what it imports")
+        self.assert_caught("modules/cppvmm.hv_ext.cppm:4:", "a front door exports what it imports")
 
     def test_front_door_outside_modules(self):
         self.add("vcpu/extra.cppm", "export module cppvmm.extra;\n", "INTERFACE")
@@ -263,6 +277,8 @@ class PlantedViolations(unittest.TestCase):
     def test_source_of_another_module(self):
         self.add("vcpu/lost.cpp", "module cppvmm.guest_memory:lost;\n", "INTERNAL")
         self.assert_caught("vcpu/lost.cpp:1:", "belongs in guest_memory/")
+        self.add("hv_ext/kvm/lost.cpp", "module cppvmm.hv_calls:lost;\n", "INTERNAL")
+        self.assert_caught("hv_ext/kvm/lost.cpp:1:", "belongs in hv_ext/calls/")
 
     def test_source_of_no_module(self):
         self.add("vcpu/plain.cpp", "// import cppvmm.vcpu;\nint f() { return 1'000; }\n")

@@ -67,7 +67,8 @@ TEST_P(BootAsking, TheAnswerIsTrueAndNearlyComplete) {
   // Where the host gives huge pages unasked, these are present as a whole.
   const std::uint64_t huge = figures["transparent_huge_bytes"].get<std::uint64_t>() / page;
   EXPECT_EQ(ram, 4096U);
-  EXPECT_TRUE(figures["hypercalls"] == "user" || figures["hypercalls"] == "kernel") << figures["hypercalls"];
+  const auto& facts = cppvmm::test::machine_facts();
+  EXPECT_EQ(figures["hypercalls"], facts.kvm_forwards ? "kernel" : facts.kvm_hyperv ? "split" : "user");
   EXPECT_GE(figures["calls"]["0x8001"], 1);
   EXPECT_GE(figures["calls"]["0x8002"], 1);
   EXPECT_EQ(figures["calls"]["other"], 0);
@@ -176,6 +177,14 @@ TEST_F(Boot, BothTransportsGiveTheGuestTheSame) {
   EXPECT_EQ(by_kernel["calls"], by_user["calls"]);
 }
 
+TEST_F(Boot, AnEnlightenmentThatCannotBeHadIsOneLine) {
+  const Ended ended =
+      boot({"--memory", "8M", "--hypercalls", "user", "--enlightenments", "hv-synic,hv-boot-zeroed-mem"});
+  EXPECT_EQ(ended.status, 1);
+  EXPECT_TRUE(is_one_line(ended.err) && ended.err.starts_with("cppvmm-boot: --enlightenments: there is no hv-synic"))
+      << ended.err;
+}
+
 /// Over each transport, a guest of a size whose audit takes a while.
 class BootOver : public Boot, public testing::WithParamInterface<std::tuple<const char*, const char*, const char*>> {};
 
@@ -189,7 +198,7 @@ TEST_P(BootOver, TheAnswerIsSoundAndTheGuestIsRight) {
   }
   const Ended ended = boot({"--memory", std::string_view(backing) == "hugetlb" ? "32M" : "256M", "--audit", "--json",
                             "-", "--hypercalls", transport, "--backing", backing, "--cpus", cpus});
-  if (lacks_transport(ended)) GTEST_SKIP() << "this KVM forwards no extended hypercalls";
+  if (lacks_transport(ended)) GTEST_SKIP() << "this KVM lacks the transport";
   ASSERT_EQ(ended.status, 0) << ended.err;
   const json figures = json::parse(ended.out);
   EXPECT_EQ(figures["hypercalls"], transport);
@@ -198,7 +207,7 @@ TEST_P(BootOver, TheAnswerIsSoundAndTheGuestIsRight) {
 }
 
 INSTANTIATE_TEST_SUITE_P(All, BootOver,
-                         testing::Combine(testing::Values("kernel", "user"),
+                         testing::Combine(testing::Values("kernel", "split", "user"),
                                           testing::Values("anonymous", "memfd", "hugetlb"), testing::Values("1", "2")),
                          [](const auto& info) {
                            return std::string(std::get<0>(info.param)) + "_" + std::get<1>(info.param) + "_with_" +

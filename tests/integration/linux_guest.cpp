@@ -1,12 +1,23 @@
 #include "linux_guest.hpp"
 #include "tests/support/machine_facts.hpp"
 
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <csignal>
 #include <cstddef>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <fstream>
+#include <functional>
+#include <iostream>
 #include <iterator>
+#include <mutex>
+#include <stop_token>
+#include <string>
+#include <thread>
 #include <unistd.h>
 
 namespace cppvmm::testing {
@@ -83,13 +94,62 @@ std::string small_image(std::string_view code) {
 }
 
 bool lacks_transport(const Ended& ended) {
-  return !test::machine_facts().kvm_forwards && ended.status == 1 &&
-         ended.err.find("KVM does not forward") != std::string::npos;
+  if (ended.status != 1) return false;
+  return (!test::machine_facts().kvm_forwards && ended.err.find("KVM does not forward") != std::string::npos) ||
+         (!test::machine_facts().kvm_hyperv && ended.err.find("KVM has no Hyper-V") != std::string::npos);
 }
 
 bool lacks_write_watch(const Ended& ended) {
   return !test::machine_facts().async_write_protect && ended.status == 1 &&
          ended.err.find("(Linux 6.7): not available") != std::string::npos;
+}
+
+namespace {
+
+/// Kills what the calling thread has started, unless it ends before.
+class Watchdog {
+public:
+  explicit Watchdog(std::chrono::seconds patience)
+      : children_("/proc/self/task/" + std::to_string(gettid()) + "/children"),
+        thread_([this, patience](const std::stop_token& stop) {
+          std::mutex mutex;
+          std::unique_lock lock(mutex);
+          std::condition_variable_any never;
+          never.wait_for(lock, stop, patience, [] { return false; });
+          if (stop.stop_requested()) return;
+          std::ifstream list(children_);
+          for (pid_t child = 0; list >> child;)
+            has_killed_ = kill(child, SIGKILL) == 0 || has_killed_;
+        }) {}
+  [[nodiscard]] bool has_killed() const { return has_killed_; }
+
+private:
+  std::string children_;
+  std::atomic<bool> has_killed_ = false;
+  std::jthread thread_;
+};
+
+} // namespace
+
+Ended run_linux(const std::function<Ended()>& run) {
+  const char* const lab = std::getenv("CPPVMM_LAB");
+  if (lab == nullptr || *lab == 0) return run();
+  constexpr int most = 4;
+  constexpr std::chrono::seconds patience(150); // the longest take a minute
+  for (int attempt = 1;; ++attempt) {
+    bool was_killed = false;
+    Ended ended = [&] {
+      const Watchdog watchdog(patience);
+      Ended of_run = run();
+      was_killed = watchdog.has_killed();
+      return of_run;
+    }();
+    const bool is_lost =
+        ended.err.find("---[ end trace") != std::string::npos || ended.err.find("Kernel panic") != std::string::npos;
+    if ((!is_lost && !was_killed) || attempt == most) return ended;
+    std::cout << (is_lost ? "the guest's kernel has crashed" : "the guest came to no end") << ", which runs once more: "
+              << ended.err.substr(ended.err.size() - std::min<std::size_t>(ended.err.size(), 400)) << std::endl;
+  }
 }
 
 void NeedsKvm::SetUp() {

@@ -41,10 +41,11 @@ protected:
     std::vector<std::string> arguments = {
         "--memory", "256M",        "--kernel", kernel,
         "--initrd", initrd.path(), "--append", std::string(linux_command_line) + "kbd",
-        "--audit",  "--json",      "-"};
+        "--audit",  "--json",      "-",        "--enlightenments",
+        "minimal"};
     arguments.insert(arguments.end(), options.begin(), options.end());
-    const Ended ended = run_program(CPPVMM_BOOT, arguments);
-    if (lacks_transport(ended)) GTEST_SKIP() << "this KVM forwards no extended hypercalls";
+    const Ended ended = run_linux([&] { return run_program(CPPVMM_BOOT, arguments); });
+    if (lacks_transport(ended)) GTEST_SKIP() << "this KVM lacks the transport";
     if (lacks_write_watch(ended)) GTEST_SKIP() << ended.err;
     const auto results = module_results(ended.err);
     ASSERT_EQ(results.size(), 1U) << "status " << ended.status << "\n" << ended.err;
@@ -106,7 +107,8 @@ TEST_P(LinuxMemoryIsZero, AsFarAsTheGuestWasTold) {
 
 INSTANTIATE_TEST_SUITE_P(All, LinuxMemoryIsZero,
                          testing::Values(std::tuple("kernel", "1", "anonymous"), std::tuple("kernel", "2", "memfd"),
-                                         std::tuple("user", "1", "memfd"), std::tuple("user", "2", "anonymous")),
+                                         std::tuple("split", "2", "memfd"), std::tuple("user", "1", "memfd"),
+                                         std::tuple("user", "2", "anonymous")),
                          [](const auto& info) {
                            return std::string(std::get<0>(info.param)) + "With" + std::get<1>(info.param) + "Vcpus" +
                                   std::get<2>(info.param);

@@ -9,6 +9,7 @@
 #include <cstdlib>
 #include <gtest/gtest.h>
 #include <nlohmann/json.hpp>
+#include <sstream>
 #include <string>
 #include <string_view>
 #include <termios.h>
@@ -137,14 +138,17 @@ read -r line
 echo "guest: heard $line"
 $busybox reboot -f
 )init"));
-  Program program(CPPVMM_BOOT,
-                  {"--memory", "256M", "--cpus", cpus, "--hypercalls", transport, "--kernel", kernel, "--initrd",
-                   initrd.path(), "--append", std::string(linux_command_line) + reset, "--audit", "--json", "-"},
-                  Stderr::terminal, Stdin::pipe);
-  if (program.wait_for_stderr("guest: listens")) program.send("a line\n");
-  const Ended ended = program.wait();
+  const Ended ended = run_linux([&] {
+    Program program(CPPVMM_BOOT,
+                    {"--memory", "256M", "--cpus", cpus, "--hypercalls", transport, "--enlightenments", "minimal",
+                     "--kernel", kernel, "--initrd", initrd.path(), "--append", std::string(linux_command_line) + reset,
+                     "--audit", "--json", "-"},
+                    Stderr::terminal, Stdin::pipe);
+    if (program.wait_for_stderr("guest: listens")) program.send("a line\n");
+    return program.wait();
+  });
   const std::string& console = ended.err;
-  if (lacks_transport(ended)) GTEST_SKIP() << "this KVM forwards no extended hypercalls";
+  if (lacks_transport(ended)) GTEST_SKIP() << "this KVM lacks the transport";
   ASSERT_EQ(ended.status, 0) << console;
 
   EXPECT_NE(console.find("guest: Hypervisor detected: Microsoft Hyper-V"), std::string::npos) << console;
@@ -168,9 +172,118 @@ $busybox reboot -f
 
 INSTANTIATE_TEST_SUITE_P(All, LinuxAsks,
                          testing::Values(std::tuple("kernel", "1", "kbd"), std::tuple("kernel", "2", "pci"),
-                                         std::tuple("user", "1", "pci"), std::tuple("user", "2", "kbd")),
+                                         std::tuple("split", "2", "pci"), std::tuple("user", "1", "pci"),
+                                         std::tuple("user", "2", "kbd")),
                          [](const auto& info) {
                            return std::string(std::get<0>(info.param)) + "With" + std::get<1>(info.param) + "Vcpus";
                          });
+
+/// With more of KVM's Hyper-V than the least, by transport.
+class LinuxEnlightened : public LinuxBoots, public testing::WithParamInterface<const char*> {
+protected:
+  /// Boots it with two vCPUs; its console.
+  std::string boot(const std::string& enlightenments) {
+    const File initrd("initrd", initial_file_system(contents(busybox), R"init(#!/bin/busybox sh
+busybox=/bin/busybox
+$busybox mount -t proc proc /proc
+$busybox mkdir /sys
+$busybox mount -t sysfs sysfs /sys
+$busybox dmesg | $busybox sed -n 's/.*\(Hyper-V: .*\)/guest: \1/p'
+echo "guest: clocks $($busybox cat /sys/devices/system/clocksource/clocksource0/available_clocksource)"
+echo "guest: clock $($busybox cat /sys/devices/system/clocksource/clocksource0/current_clocksource)"
+echo "guest: timer $($busybox cat /sys/devices/system/clockevents/clockevent0/current_device)"
+echo "guest: ticks $($busybox sed -n 's/ *HVS: *\([0-9]*\) *\([0-9]*\) .*/\1 \2/p' /proc/interrupts)"
+$busybox dmesg | $busybox grep -E 'Kernel panic|Oops|BUG:|soft lockup|detected stall|unchecked MSR' \
+  | $busybox grep -v 'WRMSR to 0x40000073'
+$busybox reboot -f
+)init"));
+    const Ended ended = run_linux([&] {
+      return run_program(CPPVMM_BOOT,
+                         {"--memory", "256M", "--cpus", "2", "--hypercalls", GetParam(), "--enlightenments",
+                          enlightenments, "--kernel", kernel, "--initrd", initrd.path(), "--append",
+                          std::string(linux_command_line) + "pci", "--audit", "--json", "-"});
+    });
+    is_lacking = lacks_transport(ended);
+    if (is_lacking) return {};
+    EXPECT_EQ(ended.status, 0) << ended.err;
+    for (const char* trouble : {"Kernel panic", "Oops", "BUG:", "soft lockup", "detected stall", "unchecked MSR"})
+      EXPECT_EQ(ended.err.find(trouble), std::string::npos) << ended.err;
+    const json figures = json::parse(ended.out, nullptr, false);
+    EXPECT_FALSE(figures.is_discarded()) << ended.out;
+    if (!figures.is_discarded()) EXPECT_EQ(figures["calls"], json({{"0x8001", 1}, {"0x8002", 0}, {"other", 0}}));
+    return ended.err;
+  }
+
+  /// The numbers behind `label` in a console's line.
+  static std::vector<std::uint64_t> numbers_behind(const std::string& console, const std::string& label) {
+    const std::size_t at = console.find(label);
+    std::vector<std::uint64_t> numbers;
+    if (at == std::string::npos) return numbers;
+    std::istringstream words(console.substr(at + label.size(), console.find('\n', at) - at - label.size()));
+    for (std::string word; words >> word;)
+      if (const auto value = std::strtoull(word.c_str(), nullptr, 0); value != 0 || word == "0")
+        numbers.push_back(value);
+    return numbers;
+  }
+
+  bool is_lacking = false;
+};
+
+TEST_P(LinuxEnlightened, UsesTheTimeAndTheHypercallsThatKvmHasBesideTheExtendedOnes) {
+  const std::string console = boot("hv-boot-zeroed-mem,hv-frequencies,hv-ipi,hv-relaxed,hv-time,hv-tlbflush,hv-vapic");
+  if (is_lacking) GTEST_SKIP() << "this KVM lacks the transport";
+  const auto privileges = numbers_behind(console, "guest: Hyper-V: privilege flags low ");
+  const auto more = numbers_behind(console, ", high ");
+  ASSERT_FALSE(privileges.empty() || more.empty()) << console;
+  constexpr std::uint64_t time_and_apic = 1U << 1 | 1U << 4 | 1U << 9;
+  EXPECT_EQ(privileges[0] & time_and_apic, time_and_apic) << console;
+  EXPECT_EQ(more[0], 1U << 20) << console;
+  EXPECT_NE(console.find("hyperv_clocksource_tsc_page"), std::string::npos) << console;
+  EXPECT_NE(console.find("guest: Hyper-V: Using IPI hypercalls"), std::string::npos) << console;
+  EXPECT_NE(console.find("guest: Hyper-V: Using hypercall for remote TLB flush"), std::string::npos) << console;
+}
+
+TEST_P(LinuxEnlightened, TicksByKvmsSyntheticTimers) {
+  const std::string console = boot("full");
+  if (is_lacking) GTEST_SKIP() << "this KVM lacks the transport";
+  const auto privileges = numbers_behind(console, "guest: Hyper-V: privilege flags low ");
+  ASSERT_FALSE(privileges.empty()) << console;
+  constexpr std::uint64_t synic_and_timers = 1U << 2 | 1U << 3;
+  EXPECT_EQ(privileges[0] & synic_and_timers, synic_and_timers) << console;
+  EXPECT_NE(console.find("guest: timer Hyper-V clockevent"), std::string::npos) << console;
+  const auto ticks = numbers_behind(console, "guest: ticks ");
+  ASSERT_EQ(ticks.size(), 2U) << console;
+  EXPECT_GT(ticks[0], 0U);
+  EXPECT_GT(ticks[1], 0U);
+}
+
+TEST_P(LinuxEnlightened, SeesWhatIsListedAlone) {
+  const std::string console = boot("hv-time,hv-relaxed,hv-boot-zeroed-mem");
+  if (is_lacking) GTEST_SKIP() << "this KVM lacks the transport";
+  const auto privileges = numbers_behind(console, "guest: Hyper-V: privilege flags low ");
+  const auto more = numbers_behind(console, ", high ");
+  ASSERT_FALSE(privileges.empty() || more.empty()) << console;
+  EXPECT_EQ(privileges[0], 1U << 1 | 1U << 9 | 1U << 5 | 1U << 6) << console;
+  EXPECT_EQ(more[0], 1U << 20) << console;
+  EXPECT_EQ(console.find("Using IPI hypercalls"), std::string::npos) << console;
+}
+
+/// Where KVM has no time for it.
+class LinuxWithTimeOfOurs : public LinuxEnlightened {};
+
+TEST_P(LinuxWithTimeOfOurs, GoesByTheReferenceTscPage) {
+  const std::string console = boot("full");
+  if (is_lacking) GTEST_SKIP() << "this KVM lacks the transport";
+  const auto privileges = numbers_behind(console, "guest: Hyper-V: privilege flags low ");
+  ASSERT_FALSE(privileges.empty()) << console;
+  EXPECT_EQ(privileges[0], 1U << 1 | 1U << 5 | 1U << 6 | 1U << 9 | 1U << 11) << console;
+  EXPECT_NE(console.find("guest: clock hyperv_clocksource_tsc_page"), std::string::npos) << console;
+}
+
+INSTANTIATE_TEST_SUITE_P(Over, LinuxWithTimeOfOurs, testing::Values("user"),
+                         [](const auto& info) { return std::string(info.param); });
+
+INSTANTIATE_TEST_SUITE_P(Over, LinuxEnlightened, testing::Values("kernel", "split"),
+                         [](const auto& info) { return std::string(info.param); });
 
 } // namespace

@@ -374,12 +374,13 @@ echo "guest: processors $($busybox nproc)"
 $busybox dmesg | $busybox sed -n 's/.*\(Hypervisor detected: .*\)/guest: \1/p'
 $busybox reboot -f
 )init"));
-  const Ended ended =
-      run_program(CPPVMM_BOOT,
-                  {"--memory", "256M", "--cpus", cpus, "--hypercalls", transport, "--kernel", kernel, "--initrd",
-                   initrd.path(), "--append", std::string(linux_command_line) + reset, "--resets", "1", "--json", "-"});
+  const Ended ended = run_linux([&] {
+    return run_program(CPPVMM_BOOT, {"--memory", "256M", "--cpus", cpus, "--hypercalls", transport, "--enlightenments",
+                                     "minimal", "--kernel", kernel, "--initrd", initrd.path(), "--append",
+                                     std::string(linux_command_line) + reset, "--resets", "1", "--json", "-"});
+  });
   const std::string& console = ended.err;
-  if (lacks_transport(ended)) GTEST_SKIP() << "this KVM forwards no extended hypercalls";
+  if (lacks_transport(ended)) GTEST_SKIP() << "this KVM lacks the transport";
   ASSERT_EQ(ended.status, 0) << console;
   const auto times = [&](std::string_view text) {
     std::size_t count = 0;
@@ -399,7 +400,8 @@ $busybox reboot -f
 
 INSTANTIATE_TEST_SUITE_P(All, LinuxResets,
                          testing::Values(std::tuple("kernel", "1", "kbd"), std::tuple("kernel", "2", "pci"),
-                                         std::tuple("user", "1", "pci"), std::tuple("user", "2", "kbd")),
+                                         std::tuple("split", "2", "pci"), std::tuple("user", "1", "pci"),
+                                         std::tuple("user", "2", "kbd")),
                          [](const auto& info) {
                            return std::string(std::get<0>(info.param)) + "With" + std::get<1>(info.param) + "Vcpus";
                          });
@@ -415,11 +417,30 @@ TEST_P(LinuxAsksAgain, AndIsAnsweredNearlyAsMuch) {
                                                   "/bin/busybox insmod /zeroed_memory.ko\n"
                                                   "/bin/busybox reboot -f\n",
                                                   {module("zeroed_memory")}));
-  const Ended ended =
-      run_program(CPPVMM_BOOT, {"--memory", "256M", "--cpus", cpus, "--hypercalls", transport, "--backing", backing,
-                                "--kernel", kernel, "--initrd", initrd.path(), "--append",
-                                std::string(linux_command_line) + "kbd", "--resets", "1", "--audit", "--json", "-"});
-  if (lacks_transport(ended)) GTEST_SKIP() << "this KVM forwards no extended hypercalls";
+  const Ended ended = run_linux([&] {
+    return run_program(CPPVMM_BOOT, {"--memory",
+                                     "256M",
+                                     "--cpus",
+                                     cpus,
+                                     "--hypercalls",
+                                     transport,
+                                     "--enlightenments",
+                                     "minimal",
+                                     "--backing",
+                                     backing,
+                                     "--kernel",
+                                     kernel,
+                                     "--initrd",
+                                     initrd.path(),
+                                     "--append",
+                                     std::string(linux_command_line) + "kbd",
+                                     "--resets",
+                                     "1",
+                                     "--audit",
+                                     "--json",
+                                     "-"});
+  });
+  if (lacks_transport(ended)) GTEST_SKIP() << "this KVM lacks the transport";
   ASSERT_EQ(ended.status, 0) << ended.err;
   const json figures = json::parse(ended.out, nullptr, false);
   ASSERT_FALSE(figures.is_discarded()) << ended.out;
@@ -443,7 +464,8 @@ TEST_P(LinuxAsksAgain, AndIsAnsweredNearlyAsMuch) {
 
 INSTANTIATE_TEST_SUITE_P(All, LinuxAsksAgain,
                          testing::Values(std::tuple("kernel", "1", "anonymous"), std::tuple("kernel", "2", "memfd"),
-                                         std::tuple("user", "1", "memfd"), std::tuple("user", "2", "anonymous")),
+                                         std::tuple("split", "2", "memfd"), std::tuple("user", "1", "memfd"),
+                                         std::tuple("user", "2", "anonymous")),
                          [](const auto& info) {
                            return std::string(std::get<0>(info.param)) + "With" + std::get<1>(info.param) + "Vcpus" +
                                   std::get<2>(info.param);

@@ -1,16 +1,18 @@
 #!/usr/bin/env bash
 # kernel.sh VERSION FOLDER: makes FOLDER hold what machine.sh boots: the distribution's own Linux VERSION (such as 6.12)
-#   vmlinuz, config; modules/, uncompressed; their order in `load`; a static busybox; `package`: the names and versions
-#   of the packages that all this is from
+#   vmlinuz, config; modules/, uncompressed; their order in `load`, and in `asked` which were asked for; a static busybox;
+#   `package`: the names and versions of the packages that all this is from
 # They are downloaded with apt and unpacked; nothing is installed. FOLDER is left as it is when it holds them already.
 # Status 3: apt knows no such kernel, here and now.
 # kernel.sh --find VERSION: only says which package it would be.
+# kernel.sh --made FOLDER: only says, by its status, whether FOLDER holds a kernel with all the modules that it would now.
 set -euo pipefail
 
-# Loaded in the machine, with what they depend on: KVM on SVM; and the ports that its output comes through, and what
-# swap is made of, where they are not built in.
+# Loaded in the machine, with what they depend on: KVM on SVM; and, where they are not built in, the ports that its
+# output comes through, what swap is made of, and file systems: for disks, with the sums that they ask for without
+# depending on them, read-only ones on devices, and one that is stacked on others.
 needed=(kvm-amd)
-optional=(virtio_pci virtio_console zram)
+optional=(virtio_pci virtio_console zram loop crc32c_generic ext4 erofs squashfs overlay)
 
 die() {
   echo "kernel.sh: $*" >&2
@@ -45,6 +47,10 @@ find_package() {
   done
 }
 
+if [[ $1 == --made ]]; then
+  [[ -e $2/package && -e $2/asked && $(<"$2/asked") == "${needed[*]} ${optional[*]}" ]]
+  exit
+fi
 find_only=
 if [[ $1 == --find ]]; then
   find_only=yes
@@ -67,7 +73,7 @@ done < <(depends_of "$package")
 identity=$(apt-cache show --no-all-versions "${wanted[@]}" | awk '
   $1 == "Package:" { name = $2 }
   $1 == "Version:" { print name, $2 }')
-if [[ -e $folder/package && $(<"$folder/package") == "$identity" ]]; then exit 0; fi
+if [[ -e $folder/package && $(<"$folder/package") == "$identity" ]] && "$0" --made "$folder"; then exit 0; fi
 
 mkdir -p "$(dirname "$folder")"
 work=$(mktemp -d "$folder.XXXXXX")
@@ -127,6 +133,7 @@ for module in "${needed[@]}"; do
   [[ -e $work/kernel/modules/${module//-/_}.ko ]] || die "${wanted[*]}: no module $module in there"
 done
 for module in "${optional[@]}"; do take_module "$module"; done
+echo "${needed[*]} ${optional[*]}" >"$work/kernel/asked"
 echo "$identity" >"$work/kernel/package"
 rm -rf "$folder"
 mv -T "$work/kernel" "$folder"

@@ -164,6 +164,8 @@ printf 'exec %s\n' "$(quoted "$name" "${@:2}")" >"$root/command"
 cat >"$root/init" <<'INIT'
 #!/bin/sh
 export PATH=/bin:/sbin:/usr/bin:/usr/sbin HOME=/root
+# What these kernels do is known, and nothing is lost with this machine.
+export CPPVMM_LAB=1
 mount -t proc proc /proc
 mount -t sysfs sys /sys
 mount -t devtmpfs dev /dev

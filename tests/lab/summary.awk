@@ -3,10 +3,17 @@
 # (whether all tests of each program were wanted, of which not all can have been skipped).
 # Status 1: not everything passed.
 
-# A machine that stopped was started again.
-/^lab: kernel / { delete passed; delete failed; delete skipped; delete names; delete ended; facts = "" }
+# A machine for the tests of one label. One that stopped was started again.
+/^lab: kernel / {
+  machine = $NF
+  for (each in label) {
+    if (label[each] != machine) continue
+    delete passed[each]; delete failed[each]; delete skipped[each]; delete names[each]; delete ended[each]
+  }
+  facts[machine] = ""
+}
 
-/^lab: fact: / { facts = facts substr($0, 12) "\n" }
+/^lab: fact: / { facts[machine] = facts[machine] substr($0, 12) "\n" }
 /^lab: begin / { program = $3; label[$3] = $4 }
 /^lab: end / { program = ""; status[$3] = $4; seconds[$3] = $5; ended[$3] = 1 }
 
@@ -20,7 +27,7 @@
 }
 
 END {
-  printf "%s", facts
+  printf "%s", ("-" in facts) ? facts["-"] : facts["kvm"]
   count = split(expected, programs, " ")
   for (i = 1; i <= count; i++) {
     program = programs[i]

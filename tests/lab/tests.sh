@@ -1,9 +1,10 @@
 #!/bin/sh
-# tests.sh: runs the tests inside the machine, whose shell is busybox's: what /selection lists (selection.py).
-# summary.awk reads what this prints.
+# tests.sh LABEL: runs the tests inside the machine, whose shell is busybox's: what /selection lists (selection.py), all
+# of the label. summary.awk reads what this prints.
 set -u
 
-echo "lab: kernel $(uname -r), $(nproc) CPUs"
+echo
+echo "lab: kernel $(uname -r), $(nproc) CPUs, label $1"
 if [ ! -c /dev/kvm ]; then
   echo "lab: there is no /dev/kvm, which nothing here may be skipped for"
   exit 1
@@ -16,17 +17,17 @@ echo 160 >/proc/sys/vm/nr_hugepages
 export CPPVMM_LINUX=/vmlinuz
 export CPPVMM_GUEST_MODULES=/guests
 
-# What these kernels do is known, and nothing is lost with this machine.
-export CPPVMM_LAB=1
-
 # What the kernel does that the tests depend on.
 /cppvmm-machine-facts | sed 's/^/lab: fact: /'
 
 # Several thousand, on a processor that is emulated, would take longer than all the rest.
-export CPPVMM_ORACLE_CASES=400
+export CPPVMM_ORACLE_CASES=250
+
+# Nor more of memory that moves than so many rounds of each kind.
+export CPPVMM_MOVING_ROUNDS=2
 
 # How long a guest calls without a pause.
-export CPPVMM_HOSTILE_SECONDS=60
+export CPPVMM_HOSTILE_SECONDS=15
 
 tab=$(printf '\t')
 while IFS=$tab read -r kind label filter program; do

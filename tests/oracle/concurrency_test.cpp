@@ -1,18 +1,15 @@
+#include "page_state.hpp"
+
 #include <array>
 #include <atomic>
-#include <cerrno>
-#include <csignal>
 #include <cstddef>
 #include <cstdint>
 #include <fcntl.h>
 #include <gtest/gtest.h>
 #include <memory>
-#include <new>
 #include <sched.h>
 #include <string>
 #include <sys/mman.h>
-#include <sys/prctl.h>
-#include <sys/wait.h>
 #include <thread>
 #include <tuple>
 #include <unistd.h>
@@ -26,6 +23,10 @@ import cppvmm.guest_memory;
 // it is discarded; whoever asks reads the states first, then asks.
 
 using namespace cppvmm;
+using oracle::Child;
+using oracle::held_data;
+using oracle::PageState;
+using oracle::SharedMapping;
 
 namespace {
 
@@ -34,62 +35,10 @@ constexpr unsigned surveys = 80;
 constexpr unsigned rounds =
     100'000; ///< How often each writer fills and empties its pages at most; it is stopped long before.
 
-/// What is certain of a page: `writes` counts the writes, and is odd while the page holds data. It becomes odd after
-/// the write, and even before the discard; so that one that is odd and the same before and after a survey held data all
-/// the while.
-struct PageState {
-  std::atomic<std::uint32_t> writes = 0;
-};
-static_assert(std::atomic<std::uint32_t>::is_always_lock_free, "used between processes");
-
-/// Shared with children.
 struct Shared {
   std::array<PageState, pages> states;
   std::atomic<bool> stop = false;
   std::atomic<std::uint64_t> allowed = 0; ///< How many pages the other process may have written.
-};
-
-class SharedMapping {
-public:
-  SharedMapping() {
-    void* const at = mmap(nullptr, sizeof(Shared), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
-    if (at == MAP_FAILED) throw std::bad_alloc();
-    shared_ = new (at) Shared;
-  }
-  SharedMapping(const SharedMapping&) = delete;
-  SharedMapping& operator=(const SharedMapping&) = delete;
-  ~SharedMapping() { munmap(shared_, sizeof(Shared)); }
-  Shared* operator->() const { return shared_; }
-  Shared& operator*() const { return *shared_; }
-
-private:
-  Shared* shared_;
-};
-
-/// A child that is killed and waited for at the end.
-class Child {
-public:
-  template <class Work>
-  explicit Child(Work work) {
-    const pid_t parent = getpid();
-    pid_ = fork();
-    if (pid_ != 0) return;
-    prctl(PR_SET_PDEATHSIG, SIGKILL);
-    if (getppid() == parent) work();
-    _exit(0);
-  }
-  Child(const Child&) = delete;
-  Child& operator=(const Child&) = delete;
-  ~Child() {
-    if (pid_ <= 0) return;
-    kill(pid_, SIGKILL);
-    while (waitpid(pid_, nullptr, 0) < 0 && errno == EINTR) {
-    }
-  }
-  [[nodiscard]] bool started() const { return pid_ > 0; }
-
-private:
-  pid_t pid_ = -1;
 };
 
 enum class Kind { anonymous, memfd };
@@ -124,12 +73,8 @@ protected:
       EXPECT_EQ(madvise(host(page), page_size, MADV_DONTNEED), 0);
   }
 
-  void publish_written(std::uint64_t page) const {
-    shared->states[page].writes.fetch_add(1, std::memory_order_release);
-  }
-  void publish_discard(std::uint64_t page) const {
-    shared->states[page].writes.fetch_add(1, std::memory_order_seq_cst);
-  }
+  void publish_written(std::uint64_t page) const { shared->states[page].publish_written(); }
+  void publish_discard(std::uint64_t page) const { shared->states[page].publish_discard(); }
 
   /// Fills every `writers`th page from `number` on, then empties them, again and again; the last time they stay.
   void write_and_discard(unsigned number, unsigned writers) const {
@@ -148,7 +93,7 @@ protected:
   [[nodiscard]] std::vector<std::uint32_t> states() const {
     std::vector<std::uint32_t> result;
     for (const PageState& state : shared->states)
-      result.push_back(state.writes.load(std::memory_order_seq_cst));
+      result.push_back(state.now());
     return result;
   }
 
@@ -158,14 +103,14 @@ protected:
     const Survey survey = memory.survey({.leave_out = {}, .source = std::get<EvidenceSource>(GetParam())});
     const auto after = states();
     for (std::uint64_t page = 0; page < pages; ++page) {
-      if (before[page] % 2 == 0 || before[page] != after[page]) continue;
+      if (!held_data(before[page], after[page])) continue;
       ++checked;
       EXPECT_FALSE(survey.zeroed.contains(PageNumber(page))) << "page " << page << " holds data, and is reported";
     }
     reported += survey.zeroed.page_count();
   }
 
-  SharedMapping shared;
+  SharedMapping<Shared> shared;
   std::array<std::unique_ptr<Region>, 2> halves;
   GuestMemory memory;
   std::uint64_t checked = 0;

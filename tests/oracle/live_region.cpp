@@ -40,7 +40,6 @@ const char* to_string(Reason reason) {
       "a page of its own, and older kernels cannot tell it from a write",
       "the memory was populated or collapsed into huge pages beforehand",
       "a neighbour in the same huge page was touched",
-      "another process has huge pages of the file that are not mapped here: which, nobody tells",
       "this kernel has no evidence for this kind of memory",
       "the embedder marked the page as touched",
       "the embedder left the page out",
@@ -48,9 +47,7 @@ const char* to_string(Reason reason) {
       "the page is in a range that is smaller than the 255 largest",
       "the page is swapped out, or is of a disk's file and not mapped, so that its content was not looked at",
       "huge pages of the pool were discarded by madvise or fallocate while they were watched: what protected them "
-      "stays in the page tables, "
-      "and "
-      "looks like a page"};
+      "stays in the page tables, and looks like a page"};
   return words[static_cast<unsigned>(reason) % reason_kinds];
 }
 
@@ -302,7 +299,6 @@ void LiveRegion::touched(std::uint32_t page, std::uint32_t count, Reason why) {
 
 void LiveRegion::discarded(std::uint32_t page, std::uint32_t count, bool by_library) {
   const bool is_left = proof_ == Proof::watch && is_hugetlb(spec_.memory) && !by_library;
-  facts.protection_left = facts.protection_left || is_left;
   for (std::uint32_t at = page; at < page + count; ++at) {
     contents_[at] = file_contents_[at];
     // Whoever made a private copy has read the file first, where that allocates.
@@ -325,6 +321,7 @@ void LiveRegion::discarded_by_library(std::uint32_t page, std::uint32_t count, b
 void LiveRegion::freed(std::uint32_t page, std::uint32_t count) {
   std::fill_n(contents_.begin() + page, count, Content::any);
   if (proof_ == Proof::watch) disprove(page, count);
+  facts.given_up = true;
 }
 
 std::vector<bool> LiveRegion::readable() const {
@@ -383,13 +380,12 @@ Reason LiveRegion::reason(std::uint32_t page, SurveyMode mode) const {
   const bool has_cachestat = machine.cachestat && mode != SurveyMode::legacy;
   if (spec_.memory == Memory::shared_file && !has_cachestat) return Reason::no_evidence;
   if (spec_.memory == Memory::shared_anonymous && !machine.map_files) return Reason::no_evidence;
+  // Private memory in huge pages is looked at twice, with one of these between.
+  if (!machine.membarrier && is_coarse() && !is_hugetlb(spec_.memory) && !is_shared(spec_.memory))
+    return Reason::no_evidence;
   // Without cachestat, allocated pages that nobody wrote cannot be told from data in migration, wherever they are.
-  if (facts.allocated_unwritten && !has_cachestat && is_shared(spec_.memory)) return Reason::no_evidence;
-  if (spec_.memory == Memory::hugetlb_memfd &&
-      (facts.written_elsewhere || facts.entries_dropped || facts.allocated_unwritten))
-    return Reason::other_process;
-  // An entry too many here, and the file's pages are no longer accounted for.
-  if (spec_.memory == Memory::hugetlb_memfd && facts.protection_left) return Reason::protection_left;
+  if (facts.allocated_unwritten && !has_cachestat && is_shared(spec_.memory) && !is_hugetlb(spec_.memory))
+    return Reason::no_evidence;
   const bool is_traceless = reads_leave_no_trace(mode);
   const auto counts = [&](Reason why) { return why != Reason::none && !(why == Reason::read && is_traceless); };
   if (counts(reasons_[page])) return reasons_[page];

@@ -22,7 +22,6 @@ enum class Reason : std::uint8_t {
   read,            ///< Read where reading allocates, or where the kernel cannot tell a read from a write.
   populated,       ///< Populated, locked or collapsed into a huge page beforehand.
   huge_page,       ///< A neighbour in the same huge page (or block of the file) was touched.
-  other_process,   ///< Another process has huge pages of the file that are not mapped here: which, nobody tells.
   no_evidence,     ///< Nothing proves anything of the whole region.
   marked,          ///< Marked as touched by the embedder.
   left_out,        ///< Named in SurveyOptions::leave_out.
@@ -31,7 +30,7 @@ enum class Reason : std::uint8_t {
   absent,          ///< Its content could not be read: swapped out, or of a disk's file and not mapped.
   protection_left, ///< A watched huge page of the pool was discarded by the embedder: its protection stays.
 };
-inline constexpr unsigned reason_kinds = 13;
+inline constexpr unsigned reason_kinds = 12;
 [[nodiscard]] const char* to_string(Reason reason);
 
 /// What a page is known to hold.
@@ -40,12 +39,10 @@ enum class Content : std::uint8_t { zero, data, any };
 /// What decides about all of a region.
 struct RegionFacts {
   bool allocated_unwritten = false; ///< By fallocate(2).
-  bool entries_dropped = false;
-  bool written_elsewhere = false; ///< By a process with a mapping of its own.
+  bool given_up = false;            ///< Some of it, by MADV_FREE.
   bool paged_out = false;
-  bool protection_left = false; ///< In the page tables, where a watched huge page was discarded.
-  bool replaced = false;        ///< Anonymous memory took the place of parts of a private file.
-  bool library_huge = false;    ///< Huge pages were asked for through the Region.
+  bool replaced = false;     ///< Anonymous memory took the place of parts of a private file.
+  bool library_huge = false; ///< Huge pages were asked for through the Region.
 };
 
 /// What, beside evidence, proves pages of a region zero.

@@ -167,7 +167,7 @@ Answered real_surveyor(const GuestMemory& memory, const SurveyOptions& options, 
     answered.problems.push_back(hypercalls.error().message());
     return answered;
   }
-  const auto result = hypercalls->handle(call_boot_zeroed, GuestAddress(0), output, 0);
+  const auto result = hypercalls->handle({.control = call_boot_zeroed, .output = output});
   answered.status = result.value_or(~std::uint64_t{0});
   return answered;
 }
@@ -453,9 +453,7 @@ private:
     case Writer::reset:
       return reset(step);
     case Writer::drop_entries:
-      if (madvise(live.host(page), count * page_size, MADV_DONTNEED) != 0) return false;
-      live.facts.entries_dropped = true;
-      return true;
+      return madvise(live.host(page), count * page_size, MADV_DONTNEED) == 0;
     case Writer::allocate:
       return allocate(live, page, count);
     case Writer::populate: {
@@ -579,7 +577,6 @@ private:
 
   bool write_from_other_process(LiveRegion& live, std::uint32_t page, std::uint32_t count, std::uint8_t value,
                                 std::uint32_t at, bool with_pwrite) {
-    if (live.spec().memory == Memory::hugetlb_memfd) live.facts.written_elsewhere = true;
     const std::uint64_t offset = live.file_offset() + page * page_size;
     return written(live, page, count,
                    with_pwrite ? oracle_.helper_.write(live.file(), offset, count, at, value)
@@ -616,7 +613,6 @@ private:
     // What a child does to private memory is its own; but for reading what is behind it.
     if (is_private_file(live.spec().memory)) live.touched(page, count, Reason::read);
     if (!is_shared(live.spec().memory)) return got == 1;
-    live.facts.written_elsewhere = true;
     return written(live, page, count, got == 1 ? 0 : EIO);
   }
 
@@ -726,6 +722,8 @@ private:
     if (fallocate(live.file(), FALLOC_FL_KEEP_SIZE, static_cast<off_t>(live.file_offset() + page * page_size),
                   static_cast<off_t>(count * page_size)) != 0)
       return false;
+    // What a hugetlb file has, written or not, is in its page cache.
+    if (is_hugetlb(live.spec().memory)) live.touched(page, count, Reason::populated);
     // A second time, shmem clears what was never written, and takes it for data from then on. So does a disk's file
     // system with what was read, or read ahead, or lies beside what was written.
     if (live.facts.allocated_unwritten || live.spec().memory == Memory::shared_file)
@@ -1026,12 +1024,23 @@ private:
     // Where their entries cannot be seen with the lock held, huge pages are counted, which says nothing beside shared
     // ones.
     const bool is_counted = case_.mode == SurveyMode::legacy || !test::machine_facts().async_write_protect;
-    const auto is_shared = [](const Live& other) { return other->spec().memory == Memory::hugetlb_memfd; };
-    if (live.spec().memory == Memory::hugetlb && is_counted && std::ranges::any_of(lives_, is_shared))
+    const auto is_huge_memfd = [](const Live& other) { return other->spec().memory == Memory::hugetlb_memfd; };
+    if (live.spec().memory == Memory::hugetlb && is_counted && std::ranges::any_of(lives_, is_huge_memfd))
       reason = Reason::no_evidence;
+    // The kernel may be taking back a huge page; mappings of the embedder's side by side are one to it.
+    const auto gives_up = [&](const Live& other) {
+      return other->facts.given_up && (other.get() == &live || (other->spec().memory == Memory::adopted_anonymous &&
+                                                                live.spec().memory == Memory::adopted_anonymous));
+    };
+    const auto has_huge = [](const Live& other) { return other->is_coarse(); };
+    if (std::ranges::any_of(lives_, gives_up) && std::ranges::any_of(lives_, has_huge)) reason = Reason::no_evidence;
     const auto brings_it = [&](const Live& other) { return other.get() != &live && live.may_come_with(page, *other); };
     if (reason == Reason::none && std::ranges::any_of(lives_, brings_it)) reason = Reason::huge_page;
-    if (reason == Reason::none || live.is_proven(page)) return Reason::none;
+    if (reason == Reason::none) return Reason::none;
+    // What is swapped out cannot be told from what was lost.
+    if (live.is_proven(page) && live.proof() == Proof::log && live.facts.paged_out && !is_shared(live.spec().memory))
+      return Reason::absent;
+    if (live.is_proven(page)) return Reason::none;
     if (case_.mode != SurveyMode::content_check || live.spec().memory == Memory::unknown) return reason;
     return readable_[page] ? Reason::none : Reason::absent;
   }

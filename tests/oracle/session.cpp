@@ -55,6 +55,8 @@ Plan plan(std::uint64_t cases) {
           .cases = from_environment("CPPVMM_ORACLE_CASES", cases / fewer)};
 }
 
+std::uint64_t moving_rounds(std::uint64_t otherwise) { return from_environment("CPPVMM_MOVING_ROUNDS", otherwise); }
+
 Session run_cases(Oracle& oracle, const Plan& what, const Profile& profile,
                   const std::function<bool(const Figures&)>& goes_on, const Surveyor& surveyor) {
   Session session;

@@ -24,6 +24,9 @@ struct Plan {
 /// A sanitizer makes forks and page table walks several times as expensive: an eighth of the cases then.
 [[nodiscard]] Plan plan(std::uint64_t cases);
 
+/// How many rounds of memory that moves: CPPVMM_MOVING_ROUNDS in the environment sets it.
+[[nodiscard]] std::uint64_t moving_rounds(std::uint64_t otherwise);
+
 struct Failure {
   std::uint64_t seed = 0;
   Outcome outcome;

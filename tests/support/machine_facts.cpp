@@ -17,6 +17,7 @@
 #include <initializer_list>
 #include <linux/kvm.h>
 #include <linux/magic.h>
+#include <linux/membarrier.h>
 #include <linux/userfaultfd.h>
 #include <optional>
 #include <string>
@@ -135,14 +136,22 @@ std::optional<Pages> touched_pages(const Mapping& mapping) {
   return scan(mapping, is_zero_page, is_present | is_swapped);
 }
 
-/// How many pages have an entry in the page tables.
-std::size_t entries(const Mapping& mapping) {
+/// What /proc/self/pagemap has for each page; nothing where it cannot be read.
+std::vector<std::uint64_t> entry_words(const Mapping& mapping) {
   const Descriptor pagemap(open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC));
   std::vector<std::uint64_t> words(mapping.bytes() / page);
   const std::size_t size = words.size() * sizeof(std::uint64_t);
   const auto from = static_cast<off_t>(reinterpret_cast<std::uintptr_t>(mapping.start()) / page * 8);
-  if (!pagemap.is_open() || pread(pagemap.number(), words.data(), size, from) != static_cast<ssize_t>(size)) return 0;
-  // Documentation/admin-guide/mm/pagemap.rst: bit 63, present; bit 62, swapped.
+  if (!pagemap.is_open() || pread(pagemap.number(), words.data(), size, from) != static_cast<ssize_t>(size)) return {};
+  return words;
+}
+
+// Documentation/admin-guide/mm/pagemap.rst: bit 63, present; bit 62, swapped; below bit 55, the frame.
+constexpr std::uint64_t frame_bits = (std::uint64_t{1} << 55) - 1;
+
+/// How many pages have an entry in the page tables.
+std::size_t entries(const Mapping& mapping) {
+  const std::vector<std::uint64_t> words = entry_words(mapping);
   return static_cast<std::size_t>(std::ranges::count_if(words, [](std::uint64_t word) { return word >> 62 != 0; }));
 }
 
@@ -182,6 +191,9 @@ void find_reads(MachineFacts& facts) {
     static_cast<void>(written.advise(MADV_NOHUGEPAGE)); // refused where there are no huge pages
     written.store(3);
     facts.pagemap_scan = touched_pages(written) == Pages{3};
+    // Shown to the same processes as the kind of an entry of no page (fs/proc/task_mmu.c, pte_to_pagemap_entry).
+    facts.entry_kinds =
+        std::ranges::any_of(entry_words(written), [](std::uint64_t word) { return (word & frame_bits) != 0; });
   }
   const Mapping small(16 * page);
   if (small.exists()) {
@@ -378,6 +390,7 @@ MachineFacts find_facts() {
   find_huge_pages(facts);
   find_page_cache(facts);
   find_advice(facts);
+  facts.membarrier = syscall(SYS_membarrier, MEMBARRIER_CMD_GLOBAL, 0, 0) == 0;
   find_userfaultfd(facts);
   facts.has_swap = has_swap();
   facts.zram = access("/sys/class/zram-control/hot_add", R_OK) == 0; // reading it would make one

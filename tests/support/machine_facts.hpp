@@ -45,6 +45,7 @@ struct MachineFacts {
   // Page tables.
   bool pagemap_scan = false;     ///< PAGEMAP_SCAN finds the page that was written, and no other.
   bool map_files = false;        ///< /proc/self/map_files can be opened, for shared memory without a descriptor.
+  bool entry_kinds = false;      ///< /proc/self/pagemap shows this process what an entry is of.
   bool mincore = false;          ///< mincore counts the page of a memfd that was written, and nothing of an empty one.
   ReadOfAbsent read_of_absent{}; ///< Anonymous memory without huge pages, by what smaps counts as resident.
   bool reads_told_apart = false; ///< PAGEMAP_SCAN, asked as a survey asks, leaves out pages that were only read.
@@ -73,6 +74,8 @@ struct MachineFacts {
   bool collapse = false;         ///< MADV_COLLAPSE makes a huge page of small ones.
   bool mergeable = false;        ///< MADV_MERGEABLE is known (KSM).
   long ksm = -1;                 ///< What /sys/kernel/mm/ksm/run says: 1 while pages are merged; -1: no such file.
+
+  bool membarrier = false; ///< MEMBARRIER_CMD_GLOBAL, without which nothing is proven of transparent huge pages.
 
   // userfaultfd.
   bool userfaultfd = false;         ///< There is one for user mode's faults.

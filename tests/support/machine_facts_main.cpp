@@ -64,7 +64,9 @@ int main() {
   line("KVM", facts.kvm_missing.empty() ? "usable" : "none: " + facts.kvm_missing);
   line("KVM's own Hyper-V", yes_or_no(facts.kvm_hyperv));
   line("KVM forwards extended hypercalls", yes_or_no(facts.kvm_forwards));
-  line("page tables", sorted({{"PAGEMAP_SCAN", facts.pagemap_scan}, {"map_files", facts.map_files}}));
+  line("page tables", sorted({{"PAGEMAP_SCAN", facts.pagemap_scan},
+                              {"map_files", facts.map_files},
+                              {"kinds of entries", facts.entry_kinds}}));
   line("page cache", sorted({{"cachestat", facts.cachestat}, {"mincore", facts.mincore}}));
   line("a read of an absent page gives", words(facts.read_of_absent));
   line("  a survey tells it from a write", yes_or_no(facts.reads_told_apart));
@@ -85,6 +87,7 @@ int main() {
                           {"PAGEOUT", facts.page_out},
                           {"COLLAPSE", facts.collapse},
                           {"MERGEABLE", facts.mergeable}}));
+  line("membarrier", yes_or_no(facts.membarrier));
   line("KSM", facts.ksm < 0 ? "none" : facts.ksm == 1 ? "merges pages now" : "does not run");
   line("userfaultfd",
        sorted({{"faults", facts.userfaultfd}, {"asynchronous-write-protection", facts.async_write_protect}}));

@@ -54,7 +54,9 @@ TEST(MachineFacts, AreThoseOfTheLabsKernels) {
   EXPECT_EQ(facts.reads_told_apart, at_least(7));
   EXPECT_EQ(facts.read_of_absent, ReadOfAbsent::shared_zero_page);
   EXPECT_TRUE(facts.mincore);
+  EXPECT_TRUE(facts.membarrier);
   EXPECT_TRUE(facts.map_files);
+  EXPECT_TRUE(facts.entry_kinds);
   EXPECT_TRUE(facts.userfaultfd);
   EXPECT_TRUE(facts.gives_huge_pages);
   EXPECT_TRUE(facts.hugetlb_dontneed);

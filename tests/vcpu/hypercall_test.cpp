@@ -1,4 +1,6 @@
 #include <gtest/gtest.h>
+#include <span>
+#include <string>
 #include <vector>
 
 #include "support/machine_facts.hpp"
@@ -446,6 +448,156 @@ TEST_F(EnforcedCpuidTest, IsUnsupportedWhereKvmLacksIt) {
   const auto enforced = vcpu.enforce_hyperv_cpuid();
   ASSERT_FALSE(enforced);
   EXPECT_EQ(enforced.error().code, KvmErrc::unsupported);
+}
+
+// The page that sends extended calls to the port, and all others to KVM.
+class SplitHypercallTest : public UserHypercallTest {
+protected:
+  void SetUp() override {
+    UserHypercallTest::SetUp();
+    if (IsSkipped()) return;
+    const auto code = split_hypercall_code(hypercall_instruction());
+    for (std::size_t i = 0; i < code.size(); ++i)
+      memory.write(page + i, code[i]);
+  }
+
+  /// Runs until the call came, or has been answered by KVM.
+  [[nodiscard]] static std::string way(Vcpu& vcpu) {
+    const auto exit = run_on(vcpu);
+    return exit ? exit_name(*exit) : exit.error().message();
+  }
+};
+
+INSTANTIATE_TEST_SUITE_P(Registers, SplitHypercallTest, testing::Values(true, false),
+                         [](const auto& chosen) { return chosen.param ? "Synchronised" : "ByIoctl"; });
+
+TEST_P(SplitHypercallTest, A64BitExtendedCallHasItsParametersAndChangesOnlyRax) {
+  std::uint32_t id = 0;
+  for (const std::uint64_t code : {0x8001U, 0x8002U, 0x8041U}) {
+    Vcpu vcpu = make(id++);
+    ASSERT_KVM_OK(start_long_mode(vcpu));
+    Registers before = distinct();
+    before.rcx = 0xA0A0'0000'0001'0000 | code;
+    before.rax = 0x8000; // what says nothing here
+    ASSERT_KVM_OK(vcpu.set_registers(before));
+    ASSERT_RUN(Hypercall, call, vcpu);
+    EXPECT_EQ(call, (Hypercall{.control = before.rcx,
+                               .input = before.rdx,
+                               .output = before.r8,
+                               .cpl = 0,
+                               .long_mode = true,
+                               .transport = HypercallTransport::user}));
+    ASSERT_KVM_OK(vcpu.complete_hypercall(0xFEDC'BA98'7654'3210));
+    ASSERT_RUN(Hlt, hlt, vcpu);
+    Registers after = before;
+    after.rax = 0xFEDC'BA98'7654'3210;
+    after.rip = after_hlt;
+    EXPECT_EQ(vcpu.registers(), after);
+  }
+}
+
+TEST_P(SplitHypercallTest, A32BitExtendedCallHasItsParametersInPairsAndChangesOnlyEdxEax) {
+  std::uint32_t id = 0;
+  for (const std::uint64_t code : {0x8001U, 0x8002U, 0x8041U}) {
+    Vcpu vcpu = make(id++);
+    ASSERT_KVM_OK(start_protected_mode(vcpu));
+    Registers before = distinct32();
+    before.rax = 0x5051'0000 | code;
+    before.rcx = 0x8000; // what says nothing here
+    ASSERT_KVM_OK(vcpu.set_registers(before));
+    ASSERT_RUN(Hypercall, call, vcpu);
+    EXPECT_EQ(call, (Hypercall{.control = before.rdx << 32 | before.rax,
+                               .input = before.rbx << 32 | before.rcx,
+                               .output = before.rdi << 32 | before.rsi,
+                               .cpl = 0,
+                               .long_mode = false,
+                               .transport = HypercallTransport::user}));
+    ASSERT_KVM_OK(vcpu.complete_hypercall(0xFEDC'BA98'7654'3210));
+    ASSERT_RUN(Hlt, hlt, vcpu);
+    Registers after = before;
+    after.rax = 0x7654'3210;
+    after.rdx = 0xFEDC'BA98;
+    after.rip = after_hlt;
+    EXPECT_EQ(vcpu.registers(), after);
+  }
+}
+
+TEST_P(SplitHypercallTest, A32BitSegmentInLongModeCallsAs32BitCode) {
+  Vcpu vcpu = make();
+  ASSERT_KVM_OK(start_long_mode(vcpu));
+  auto special = vcpu.special_registers().value();
+  special.cs = code32_segment(layout::code32_selector);
+  ASSERT_KVM_OK(vcpu.set_special_registers(special));
+  Registers before = distinct32();
+  before.rax = 0x8001;
+  ASSERT_KVM_OK(vcpu.set_registers(before));
+  ASSERT_RUN(Hypercall, call, vcpu);
+  EXPECT_FALSE(call.long_mode);
+  ASSERT_KVM_OK(vcpu.complete_hypercall(2));
+  ASSERT_RUN(Hlt, hlt, vcpu);
+  Registers after = before;
+  after.rax = 2;
+  after.rdx = 0;
+  after.rip = after_hlt;
+  EXPECT_EQ(vcpu.registers(), after);
+}
+
+TEST_P(SplitHypercallTest, ARefusedCallIsInvalidOpcodeAtTheInstructionWithAllRegistersKept) {
+  Vcpu vcpu = make();
+  ASSERT_KVM_OK(start_long_mode(vcpu));
+  const Registers before = distinct();
+  ASSERT_KVM_OK(vcpu.set_registers(before));
+  ASSERT_RUN(Hypercall, call, vcpu);
+  ASSERT_KVM_OK(vcpu.refuse_hypercall());
+  ASSERT_RUN(IoOut, out, vcpu);
+  EXPECT_EQ(out.port, exception_port(ExceptionVector::invalid_opcode));
+  Registers after = vcpu.registers().value();
+  const auto frame = memory.read<ExceptionFrame>(after.rsp);
+  EXPECT_EQ(memory.read<std::uint8_t>(frame.rip), 0xE6) << "the OUT";
+  EXPECT_EQ(frame.rsp, before.rsp - 8) << "within the call";
+  after.rsp = before.rsp;
+  after.rip = before.rip;
+  after.rflags = before.rflags;
+  EXPECT_EQ(after, before);
+}
+
+TEST_P(SplitHypercallTest, OtherCallsGoToKvmAndChangeOnlyTheResult) {
+  if (!machine_facts().kvm_hyperv) GTEST_SKIP() << "this KVM has no Hyper-V";
+  constexpr MsrEntry os_id{0x4000'0000, 1};
+  std::vector<CpuidEntry> cpuid = *kvm->supported_cpuid();
+  set_cpuid_entry(cpuid, {.function = 0x4000'0000, .eax = 0x4000'0006});
+  set_cpuid_entry(cpuid, {.function = 0x4000'0001, .eax = 0x3123'7648});
+  std::uint32_t id = 0;
+  for (const std::uint64_t code : {0x0008U, 0x7FFFU, 0x8000U, 0x8042U, 0xFFFFU, 0x00FFU})
+    for (const bool long_mode : {true, false}) {
+      Vcpu vcpu = make(id++);
+      ASSERT_KVM_OK(vcpu.set_cpuid(cpuid));
+      ASSERT_KVM_OK(vcpu.set_msrs(std::span(&os_id, 1)));
+      ASSERT_KVM_OK(long_mode ? start_long_mode(vcpu) : start_protected_mode(vcpu));
+      Registers before = long_mode ? distinct() : distinct32();
+      (long_mode ? before.rcx : before.rax) = code;
+      if (!long_mode) before.rdx = 0;
+      ASSERT_KVM_OK(vcpu.set_registers(before));
+      EXPECT_EQ(way(vcpu), "Hlt") << std::hex << code;
+      Registers after = before;
+      after.rax = code == 8 ? 0 : 2; // HvCallNotifyLongSpinWait, and codes that KVM does not have
+      after.rip = after_hlt;
+      EXPECT_EQ(vcpu.registers(), after) << std::hex << code << (long_mode ? " from 64-bit code" : " from 32-bit code");
+    }
+}
+
+TEST_P(SplitHypercallTest, ExtendedCallsAreToldApartByTheirWholeCode) {
+  Vcpu vcpu = make();
+  for (std::uint64_t code = 0x8001; code <= 0x8041; ++code) {
+    ASSERT_KVM_OK(start_long_mode(vcpu));
+    Registers registers = distinct();
+    registers.rcx = code;
+    ASSERT_KVM_OK(vcpu.set_registers(registers));
+    ASSERT_RUN(Hypercall, call, vcpu);
+    EXPECT_EQ(call.control, code);
+    ASSERT_KVM_OK(vcpu.complete_hypercall(0));
+    EXPECT_EQ(way(vcpu), "Hlt");
+  }
 }
 
 } // namespace

@@ -273,9 +273,9 @@ struct Race {
 class StopRaceTest : public StopTest, public testing::WithParamInterface<Race> {};
 
 INSTANTIATE_TEST_SUITE_P(Guests, StopRaceTest,
-                         testing::Values(Race{"Spinning", 1, false, 4000}, Race{"Exiting", 1, true, 20000},
+                         testing::Values(Race{"Spinning", 1, false, 2000}, Race{"Exiting", 1, true, 5000},
                                          Race{"SpinningManyRequesters", 4, false, 1000},
-                                         Race{"ExitingManyRequesters", 4, true, 5000}),
+                                         Race{"ExitingManyRequesters", 4, true, 2000}),
                          [](const auto& chosen) { return std::string(chosen.param.name); });
 
 TEST_P(StopRaceTest, NoRequestIsLost) {

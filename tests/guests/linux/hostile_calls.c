@@ -29,9 +29,10 @@
 static char* mode = "table";
 module_param(mode, charp, 0444);
 MODULE_PARM_DESC(mode, "table, reuse, together or loop");
-static bool forwarded;
-module_param(forwarded, bool, 0444);
-MODULE_PARM_DESC(forwarded, "KVM takes the calls, and answers some itself");
+static char* way = "user";
+module_param(way, charp, 0444);
+MODULE_PARM_DESC(way,
+                 "Who takes the calls: kernel (KVM, which forwards some), split (KVM, but for extended ones) or user");
 static unsigned int rounds = 100;
 module_param(rounds, uint, 0444);
 MODULE_PARM_DESC(rounds, "of calls that all CPUs make together");
@@ -69,13 +70,18 @@ static bool complain(void) { return atomic64_inc_return(&wrong) <= 12; }
     if (!(holds) && complain()) guest_result("\"wrong\": \"%s\", " format, what, ##__VA_ARGS__);                       \
   } while (0)
 
-// Whether user space sees the call: KVM forwards the extended ones (0x8001 to 0x8041) that have no reserved bit set and
-// are not fast, and answers the others itself (Linux arch/x86/kvm/hyperv.c, kvm_hv_hypercall).
+// Whether KVM answers the calls that are not extended ones.
+static bool kvm_answers(void) { return strcmp(way, "user") != 0; }
+
+// Whether user space sees the call: the extended ones (0x8001 to 0x8041), of which KVM forwards those alone that have
+// no reserved bit set and are not fast; and the others where KVM answers none (Linux arch/x86/kvm/hyperv.c,
+// kvm_hv_hypercall).
 static bool arrives(u64 control) {
   const u16 code = control;
 
-  if (!forwarded) return true;
-  return code >= 0x8001 && code <= 0x8041 && !(control & (RESERVED | NESTED | FAST));
+  if (!kvm_answers()) return true;
+  if (code < 0x8001 || code > 0x8041) return false;
+  return strcmp(way, "split") == 0 || !(control & (RESERVED | NESTED | FAST));
 }
 
 static u64 call_with_input(u64 control, u64 input, u64 output) {
@@ -247,7 +253,7 @@ static void try_words(u64 output) {
   size_t i;
 
   for (i = 0; i < ARRAY_SIZE(words); i++)
-    expect_refused(words[i].what, words[i].control, output, forwarded ? words[i].of_kvm : words[i].status);
+    expect_refused(words[i].what, words[i].control, output, kvm_answers() ? words[i].of_kvm : words[i].status);
 }
 
 // Output addresses without memory to write to.
@@ -639,18 +645,27 @@ static int count_steps(void* unused) {
 
 // Writes that leave the interface as it was: the hypercall page once more, to another place and back, off and on.
 static void write_msrs(struct answer* output, const u8* other) {
+  static u8 code[PAGE_SIZE];
   u64 id, page, result;
+  bool stays;
 
+  memcpy(code, hv_hypercall_pg, PAGE_SIZE);
   rdmsrl(HV_X64_MSR_GUEST_OS_ID, id);
   rdmsrl(HV_X64_MSR_HYPERCALL, page);
   wrmsrl(HV_X64_MSR_HYPERCALL, page);
   wrmsrl(HV_X64_MSR_HYPERCALL, (u64)__pa(other) | HV_X64_MSR_HYPERCALL_ENABLE);
-  // The code stays in the page that Linux calls.
-  result = call(CALL_GET_BOOT_ZEROED_MEMORY, __pa(output));
-  check(result == success && !names(output, page_of(other)), "answer, hypercall page elsewhere", "\"result\": \"%llx\"",
-        result);
-  result = call(CALL_GET_BOOT_ZEROED_MEMORY, __pa(other));
-  check(result == invalid_parameter, "answer into the hypercall page elsewhere", "\"result\": \"%llx\"", result);
+  // KVM's code stays in the page that Linux calls; else that has again what it had, and nothing can be called.
+  stays = !memcmp(code, hv_hypercall_pg, PAGE_SIZE);
+  check(stays == !strcmp(way, "kernel"), "hypercall page that was covered", "\"stays\": %d", stays);
+  if (stays) {
+    result = call(CALL_GET_BOOT_ZEROED_MEMORY, __pa(output));
+    check(result == success && !names(output, page_of(other)), "answer, hypercall page elsewhere",
+          "\"result\": \"%llx\"", result);
+    result = call(CALL_GET_BOOT_ZEROED_MEMORY, __pa(other));
+    check(result == invalid_parameter, "answer into the hypercall page elsewhere", "\"result\": \"%llx\"", result);
+  } else {
+    check(!memcmp(code, other, PAGE_SIZE), "hypercall page elsewhere", "\"code\": false");
+  }
   wrmsrl(HV_X64_MSR_HYPERCALL, page & ~(u64)HV_X64_MSR_HYPERCALL_ENABLE);
   wrmsrl(HV_X64_MSR_GUEST_OS_ID, 0);
   wrmsrl(HV_X64_MSR_HYPERCALL, page);
@@ -658,6 +673,8 @@ static void write_msrs(struct answer* output, const u8* other) {
   wrmsrl(HV_X64_MSR_HYPERCALL, page);
   rdmsrl(HV_X64_MSR_HYPERCALL, result);
   check(result == page, "HYPERCALL", "\"value\": \"%llx\"", result);
+  check(!memcmp(code, hv_hypercall_pg, PAGE_SIZE), "hypercall page, back", "\"code\": false");
+  check(stays || !memchr_inv(other, 0, PAGE_SIZE), "page that was covered", "\"given_back\": false");
 }
 
 static void bad_call(size_t i, u64 output) {

@@ -1,0 +1,22 @@
+module;
+#include <cstddef>
+module cppvmm.guest_memory:survey_bound;
+import :extents;
+import :page_set;
+import :survey;
+import :touched_map;
+
+namespace cppvmm {
+
+/// Ranges of zeroed pages that a survey keeps, and of pages whose toucher is known, of all its regions together.
+inline constexpr std::size_t most_survey_ranges = ExtentList::default_limit;
+
+/// To be called after each region, with the report of each in `survey.regions`: where there are more ranges of RAM that
+/// is not touched, all but the `most_survey_ranges / 2` largest are given up and count as touched. So no answer lacks
+/// any that it could have room for; one that reaches to the end of the RAM so far is kept, for it may go on.
+void bound_ranges(Survey& survey);
+
+/// Notes who touched the pages, of the largest ranges where there are too many.
+void mark_bounded(Survey& survey, const PageSet& pages, Touchers by);
+
+} // namespace cppvmm
