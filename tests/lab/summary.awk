@@ -1,6 +1,7 @@
-# What tests.sh printed, a line for each program. Variables: name (of the kernel), expected (the programs, by spaces),
-# counts (a file for `passed failed skipped kvm`: of all tests, and how many of those with the label kvm ran), whole
-# (whether all tests of each program were wanted, of which not all can have been skipped).
+# What tests.sh printed, a line for each program, and the first 40 lines of what each test said that failed. Variables:
+# name (of the kernel), expected (the programs, by spaces), counts (a file for `passed failed skipped kvm`: of all tests,
+# and how many of those with the label kvm ran), whole (whether all tests of each program were wanted, of which not all
+# can have been skipped).
 # Status 1: not everything passed.
 
 # A machine for the tests of one label. One that stopped was started again.
@@ -10,12 +11,22 @@
     if (label[each] != machine) continue
     delete passed[each]; delete failed[each]; delete skipped[each]; delete names[each]; delete ended[each]
   }
-  facts[machine] = ""
+  facts[machine] = said = ""
 }
 
 /^lab: fact: / { facts[machine] = facts[machine] substr($0, 12) "\n" }
 /^lab: begin / { program = $3; label[$3] = $4 }
 /^lab: end / { program = ""; status[$3] = $4; seconds[$3] = $5; ended[$3] = 1 }
+
+/^\[ RUN      \] / {
+  said = ""
+  lines = 0
+  next
+}
+!/^\[/ && lines < 40 {
+  said = said "\n    " $0
+  lines++
+}
 
 # GoogleTest names a test with its time when it ends, and failed and skipped ones again, without, after all.
 /^\[       OK \] .* \([0-9]+ ms\)$/ { passed[program]++ }
@@ -23,7 +34,7 @@
 /^\[  FAILED  \] .* \([0-9]+ ms\)$/ {
   failed[program]++
   sub(/,$/, "", $4)
-  names[program] = names[program] "\n  failed: " $4
+  names[program] = names[program] "\n  failed: " $4 said
 }
 
 END {
