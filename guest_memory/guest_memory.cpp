@@ -52,9 +52,22 @@ struct GuestMemory::State {
   void forget_writes();
 };
 
+/// Watches, which end with it: surveys in progress may have them still.
+struct EndedWatches {
+  std::vector<std::shared_ptr<WriteWatch>> watches;
+
+  EndedWatches() = default;
+  ~EndedWatches() {
+    for (const auto& watch : watches)
+      watch->end();
+  }
+  EndedWatches(const EndedWatches&) = delete;
+  EndedWatches& operator=(const EndedWatches&) = delete;
+};
+
 /// Of regions that the map no longer has; after it was changed, and after a watch or log of what it had was added.
 void GuestMemory::State::forget_writes() {
-  std::vector<std::shared_ptr<const WriteWatch>> ended;
+  EndedWatches ended;
   std::vector<std::unique_ptr<WriteRecord>> forgotten;
   std::shared_ptr<const MemoryMap> current;
   const std::lock_guard lock(writes_mutex);
@@ -65,7 +78,7 @@ void GuestMemory::State::forget_writes() {
   };
   std::erase_if(writes.watches, [&](auto& watch) {
     if (!is_gone(watch->region())) return false;
-    ended.push_back(std::move(watch));
+    ended.watches.push_back(std::move(watch));
     return true;
   });
   if (!writes.log) return;
@@ -186,12 +199,12 @@ MemoryResult<void> GuestMemory::arm_write_watch(GuestAddress start, const WriteW
 }
 
 bool GuestMemory::disarm_write_watch(GuestAddress start) {
-  std::vector<std::shared_ptr<const WriteWatch>> ended;
   const std::lock_guard changing(state_->changing_writes);
+  EndedWatches ended;
   const std::lock_guard lock(state_->writes_mutex);
   return std::erase_if(state_->writes.watches, [&](auto& watch) {
            if (watch->region().start() != start) return false;
-           ended.push_back(std::move(watch));
+           ended.watches.push_back(std::move(watch));
            return true;
          }) != 0;
 }

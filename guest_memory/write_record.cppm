@@ -4,6 +4,7 @@ module;
 #include <memory>
 #include <mutex>
 #include <optional>
+#include <shared_mutex>
 #include <span>
 #include <utility>
 #include <vector>
@@ -25,14 +26,17 @@ public:
   /// nothing, which evidence does for them, and they would cost page tables.)
   [[nodiscard]] static MemoryResult<std::unique_ptr<WriteWatch>> arm(const Region& region,
                                                                      std::span<const Extent> protect);
-  ~WriteWatch();
+  ~WriteWatch() { end(); }
   WriteWatch(const WriteWatch&) = delete;
   WriteWatch& operator=(const WriteWatch&) = delete;
 
   [[nodiscard]] const Region& region() const { return region_; }
   /// Pages that may hold data since before the watch: set once, before anyone asks for `may_hold_data`.
   void set_baseline(ExtentList data) { baseline_ = std::move(data); }
-  /// The baseline, and every page that was not seen to be unwritten since.
+  /// Ends it now, whoever has it still: the memory may be watched anew. Waits for a call of `may_hold_data` or
+  /// `forget`.
+  void end();
+  /// The baseline, and every page that was not seen to be unwritten since. unavailable when it was ended.
   [[nodiscard]] MemoryResult<std::vector<ExtentList>> may_hold_data() const;
   /// Takes the protection off pages of the region that were discarded: of hugetlb memory it outlives them, as an entry
   /// that evidence takes for a page. They count as written from then on.
@@ -43,6 +47,7 @@ private:
       : region_(std::move(region)), descriptor_(std::move(descriptor)), memory_(memory_id()) {}
 
   Region region_;
+  mutable std::shared_mutex ending_; // Held by whoever uses the next two.
   Descriptor descriptor_;
   bool is_registered_ = false;
   std::uint64_t memory_; // which it is of
@@ -89,7 +94,7 @@ struct KeptLog {
 
 /// All that is known of writes at a moment.
 struct WriteKnowledge {
-  std::vector<std::shared_ptr<const WriteWatch>> watches;
+  std::vector<std::shared_ptr<WriteWatch>> watches;
   std::shared_ptr<KeptLog> log;
   /// Held by whoever looks at content: memory has one watch at a time.
   std::shared_ptr<std::mutex> content_checks = std::make_shared<std::mutex>();

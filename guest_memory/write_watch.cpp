@@ -6,6 +6,7 @@ module;
 #include <linux/userfaultfd.h>
 #include <memory>
 #include <mutex>
+#include <shared_mutex>
 #include <span>
 #include <sys/ioctl.h>
 #include <unistd.h>
@@ -82,18 +83,25 @@ MemoryResult<std::unique_ptr<WriteWatch>> WriteWatch::arm(const Region& region, 
   return watch;
 }
 
-WriteWatch::~WriteWatch() {
+void WriteWatch::end() {
+  // In a forked child, the descriptor is of the parent's memory, and the lock may be held by a thread of the parent's.
+  if (memory_ != 0 && memory_id() != memory_) return;
+  const std::lock_guard lock(ending_);
   // Closing alone ends nothing while a forked child has the descriptor too, and leaves pages protected before Linux
-  // 6.10. Where it fails, closing is what is left. In a child, the descriptor is of the parent's memory. And memory
-  // that is another's to watch or to fill must stay so: before Linux 6.17, any userfaultfd could unregister it.
-  if (is_registered_ && memory_ != 0 && memory_id() == memory_) {
+  // 6.10. Where it fails, closing is what is left. And memory that is another's to watch or to fill must stay so:
+  // before Linux 6.17, any userfaultfd could unregister it.
+  if (is_registered_ && memory_ != 0) {
     uffdio_range range{.start = reinterpret_cast<std::uintptr_t>(region_.host_address()), .len = region_.bytes()};
     static_cast<void>(ioctl(descriptor_.number(), UFFDIO_UNREGISTER, &range));
   }
+  is_registered_ = false;
+  descriptor_ = Descriptor();
 }
 
 void WriteWatch::forget(PageRange pages) const {
   if (region_.backing() != Backing::hugetlb && region_.backing() != Backing::hugetlb_memfd) return;
+  const std::shared_lock lock(ending_);
+  if (!is_registered_) return;
   const auto host = reinterpret_cast<std::uintptr_t>(region_.host_address());
   const std::uint64_t from = host + (pages.first().value() - region_.pages().first().value()) * page_size;
   const std::uint64_t to = from + pages.bytes();
@@ -108,6 +116,9 @@ void WriteWatch::forget(PageRange pages) const {
 }
 
 MemoryResult<std::vector<ExtentList>> WriteWatch::may_hold_data() const {
+  const std::shared_lock lock(ending_);
+  // The memory may have another watch by now, which knows nothing of what was written under this one.
+  if (!is_registered_) return refuse(MemoryErrc::unavailable, region_, "a write watch that was disarmed meanwhile", 0);
   auto written = written_pages(region_.host_address(), region_.bytes());
   if (!written) return std::unexpected(written.error());
   std::vector<ExtentList> lists;

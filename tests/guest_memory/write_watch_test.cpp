@@ -234,6 +234,29 @@ TEST_P(WriteWatchOf, DoesNotEndWhenAForkedChildEndsIts) {
   expect_touched({0x110, 0x4FF});
 }
 
+TEST_P(WriteWatchOf, EndsWhileASurveyHasIt) {
+  // The survey has come to the first region when the watch of the second one ends, and another one begins.
+  ASSERT_TRUE(memory.add_region(*Region::anonymous(GuestAddress(0), page_size)));
+  ASSERT_TRUE(arm());
+  *host(0x120) = std::byte{1};
+  GuestMemory other(*MemoryMap::make({*region}));
+  bool has_ended = false;
+  ASSERT_TRUE(memory.begin_write_log({.collect = [&](PageRange, std::span<std::uint64_t>) -> MemoryResult<void> {
+    if (has_ended) return {};
+    has_ended = memory.disarm_write_watch(start);
+    const auto armed =
+        other.arm_write_watch(start, {.baseline = Baseline::promise, .written_through_this_mapping_only = true});
+    EXPECT_TRUE(armed) << armed.error().message();
+    return {};
+  }}));
+  const Survey survey = memory.survey();
+  EXPECT_TRUE(has_ended);
+  EXPECT_FALSE(survey.zeroed.contains(PageNumber(0x120)));
+  ASSERT_TRUE(survey.regions[1].watch);
+  ASSERT_TRUE(survey.regions[1].watch->error);
+  EXPECT_EQ(survey.regions[1].watch->error->code, MemoryErrc::unavailable);
+}
+
 TEST_P(WriteWatchOf, EndsThoughAForkedChildHasItsDescriptor) {
   ASSERT_TRUE(arm());
   const pid_t child = fork();
