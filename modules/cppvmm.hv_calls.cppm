@@ -20,3 +20,4 @@ export import :query_capabilities;
 export import :reference_time;
 export import :state;
 export import :tlfs;
+export import :trace;

@@ -8,10 +8,11 @@ namespace cppvmm {
 
 /// A hypercall as it arrives: all of it may be whatever a guest puts there.
 export struct HvCall {
-  std::uint64_t control = 0; ///< The hypercall input value (TLFS "Hypercall Inputs"); see HvControl.
-  GuestAddress input{0};     ///< Of the input parameters.
-  GuestAddress output{0};    ///< Of the output parameters.
-  unsigned cpl = 0;          ///< The caller's current privilege level; real mode counts as 3.
+  std::uint64_t control = 0;  ///< The hypercall input value (TLFS "Hypercall Inputs"); see HvControl.
+  GuestAddress input{0};      ///< Of the input parameters.
+  GuestAddress output{0};     ///< Of the output parameters.
+  unsigned cpl = 0;           ///< The caller's current privilege level; real mode counts as 3.
+  std::uint32_t vp_index = 0; ///< Of the vCPU that calls; only the trace tells of it.
 
   friend bool operator==(const HvCall&, const HvCall&) = default;
 };

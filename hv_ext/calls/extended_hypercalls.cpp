@@ -1,6 +1,7 @@
 module;
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cstdint>
 #include <expected>
 #include <functional>
@@ -18,6 +19,7 @@ import :error;
 import :extended_hypercalls;
 import :query_capabilities;
 import :tlfs;
+import :trace;
 import cppvmm.guest_memory;
 
 namespace cppvmm {
@@ -110,6 +112,8 @@ struct ExtendedHypercalls::State {
   }
 
   [[nodiscard]] HvResult<HvCallTable> make_table();
+  /// HvOptions::on_boot_zeroed, and the trace before it.
+  [[nodiscard]] std::function<void(const BootZeroedAnswer&)> traced();
   [[nodiscard]] SurveyOptions chosen_survey() const;
   [[nodiscard]] std::uint64_t capabilities() const;
   void count(std::uint16_t code);
@@ -117,15 +121,27 @@ struct ExtendedHypercalls::State {
   [[nodiscard]] bool note(std::uint16_t code);
   /// Of an extended call, or another one of the table.
   [[nodiscard]] std::uint64_t answer(const HvCall& call, const HvCallRow* row);
+  [[nodiscard]] HypercallResult handle(const HvCall& call);
 };
 
 HvResult<HvCallTable> ExtendedHypercalls::State::make_table() {
   std::vector<HvCallRow> rows = options.calls;
   if (!is_row_theirs)
-    rows.push_back(boot_zeroed_memory_row(
-        memory, {.survey = [this] { return chosen_survey(); }, .on_answer = options.on_boot_zeroed}));
+    rows.push_back(boot_zeroed_memory_row(memory, {.survey = [this] { return chosen_survey(); },
+                                                   .on_answer = options.trace ? traced() : options.on_boot_zeroed}));
   rows.push_back(query_capabilities_row(memory, [this] { return capabilities(); }));
   return HvCallTable::make(std::move(rows));
+}
+
+std::function<void(const BootZeroedAnswer&)> ExtendedHypercalls::State::traced() {
+  return [this](const BootZeroedAnswer& answer) {
+    options.trace(HvRangesAnswered{.output = answer.output,
+                                   .ranges = answer.ranges,
+                                   .ram_pages = answer.survey.ram.page_count(),
+                                   .zeroed_pages = answer.survey.zeroed.page_count(),
+                                   .zeroed_ranges = answer.survey.zeroed.range_count()});
+    if (options.on_boot_zeroed) options.on_boot_zeroed(answer);
+  };
 }
 
 SurveyOptions ExtendedHypercalls::State::chosen_survey() const {
@@ -239,18 +255,31 @@ std::uint64_t ExtendedHypercalls::State::answer(const HvCall& call, const HvCall
   }
 }
 
-HypercallResult ExtendedHypercalls::handle(const HvCall& call) {
+HypercallResult ExtendedHypercalls::State::handle(const HvCall& call) {
   if (call.cpl != 0) return std::unexpected(HvNoResult::undefined_opcode);
   const std::uint16_t code = HvControl{call.control}.call_code();
-  state_->count(code);
+  count(code);
   const bool is_extended = code >= hv_ext_call_first && code <= hv_ext_call_last;
-  const HvCallRow* row = state_->table.find(code);
+  const HvCallRow* row = table.find(code);
   // The parameters of a fast call are in registers, which a row knows nothing of.
   if (!is_extended && (row == nullptr || HvControl{call.control}.is_fast()))
     return std::unexpected(HvNoResult::not_ours);
-  if (is_extended && !state_->options.extended_hypercalls) return hv_result(HvStatus::access_denied);
-  if (is_extended && !state_->note(code)) row = nullptr;
-  return state_->answer(call, row);
+  if (is_extended && !options.extended_hypercalls) return hv_result(HvStatus::access_denied);
+  if (is_extended && !note(code)) row = nullptr;
+  return answer(call, row);
+}
+
+HypercallResult ExtendedHypercalls::handle(const HvCall& call) {
+  if (!state_->options.trace) return state_->handle(call);
+  const auto begin = std::chrono::steady_clock::now();
+  const HypercallResult result = state_->handle(call);
+  HvCallEnded ended{.call = call, .took = std::chrono::steady_clock::now() - begin};
+  if (result)
+    ended.result = *result;
+  else
+    ended.no_result = result.error();
+  state_->options.trace(ended);
+  return result;
 }
 
 } // namespace cppvmm

@@ -10,6 +10,7 @@ import :call;
 import :call_table;
 import :error;
 import :tlfs;
+import :trace;
 import cppvmm.guest_memory;
 
 namespace cppvmm {
@@ -36,6 +37,9 @@ export struct HvOptions {
   std::vector<HvCallRow> calls{};
   /// Bits that HvExtCallQueryCapabilities answers with, beside those of the calls.
   std::uint64_t capabilities = 0;
+  /// Is told of each call that arrives and of each answer's ranges; by Hyperv, of CPUID leaves and MSRs too. May be
+  /// null, which costs nothing.
+  HvTrace trace{};
 };
 
 /// How often each call arrived, whatever it was answered.

@@ -1,4 +1,5 @@
 module;
+#include <cstdint>
 #include <optional>
 #include <vector>
 export module cppvmm.hv_ext:cpuid;
@@ -42,6 +43,11 @@ export [[nodiscard]] HypervResult<std::vector<CpuidEntry>> full_hv_cpuid(const V
 /// The time that a guest of the transport `user` can have on this vCPU: all 0 where KVM does not know its TSC's
 /// frequency, or for a TSC of 10 MHz or slower; HvTimeSource::apic_hz is 0 without KVM's interrupt controller.
 export [[nodiscard]] HvTimeSource user_time(const Vcpu& vcpu);
+
+/// Whether the leaf tells of Hyper-V, or of what else the hypervisor is (0x40000000 to 0x400001FF).
+[[nodiscard]] constexpr bool is_hypervisor_leaf(std::uint32_t function) {
+  return function >= hv_cpuid_vendor && function - hv_cpuid_vendor < 0x200;
+}
 
 /// A vCPU's CPUID, composed.
 struct ShownCpuid {

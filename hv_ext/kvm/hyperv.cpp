@@ -1,5 +1,6 @@
 module;
 #include <array>
+#include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <expected>
@@ -35,6 +36,11 @@ struct Hyperv::State {
   [[nodiscard]] bool owns_msr(std::uint32_t index) const;
   /// KVM's copy of GUEST_OS_ID: with one, KVM takes hypercalls (arch/x86/kvm/hyperv.h, kvm_hv_hypercall_enabled).
   [[nodiscard]] HypervResult<void> tell_os_id(Vcpu& vcpu, std::uint64_t id) const;
+  /// Tells the trace, if there is one.
+  template <class Event>
+  void trace(const Event& event) const {
+    if (const HvTrace& told = hypercalls.options().trace) told(event);
+  }
   /// The time that its CPUID grants the guest.
   [[nodiscard]] HypervResult<void> give_time(const HvTimeSource& time, const ShownCpuid& shown);
 
@@ -121,6 +127,14 @@ HypervResult<void> Hyperv::prepare(Vcpu& vcpu, std::vector<CpuidEntry> cpuid, co
   if (has_our_time)
     if (auto given = state_->give_time(time, *shown); !given) return given;
   if (auto set = vcpu.set_cpuid(shown->entries); !set) return failed("set the Hyper-V CPUID leaves", set.error());
+  for (const CpuidEntry& entry : shown->entries)
+    if (is_hypervisor_leaf(entry.function))
+      state_->trace(HvCpuidGiven{.vp_index = vcpu.id(),
+                                 .function = entry.function,
+                                 .eax = entry.eax,
+                                 .ebx = entry.ebx,
+                                 .ecx = entry.ecx,
+                                 .edx = entry.edx});
   if (state_->transport != HypercallTransport::kernel)
     if (auto used = vcpu.use_user_hypercalls(); !used) return failed("trap the hypercall port", used.error());
   if (hyperv.enforce.value_or(state_->transport != HypercallTransport::user && shown->is_minimal &&
@@ -131,20 +145,25 @@ HypervResult<void> Hyperv::prepare(Vcpu& vcpu, std::vector<CpuidEntry> cpuid, co
 }
 
 HypervResult<bool> Hyperv::State::answer(Vcpu& vcpu, const Hypercall& call) {
+  const HvCall arrived{.control = call.control,
+                       .input = GuestAddress(call.input),
+                       .output = GuestAddress(call.output),
+                       .cpl = call.cpl,
+                       .vp_index = vcpu.id()};
   if (transport == HypercallTransport::kernel) {
     const auto value = vcpu.msr(hv_msr_hypercall);
     if (!value) return failed("read KVM's HYPERCALL MSR", value.error());
     hypercalls.set_hypercall_page((*value & hv_hypercall_enabled) != 0 ? std::optional(GuestAddress(*value).page())
                                                                        : std::nullopt);
   } else {
-    if (!interface.takes_hypercalls()) return handled(vcpu.refuse_hypercall(), "refuse a hypercall");
+    if (!interface.takes_hypercalls()) {
+      trace(HvCallEnded{.call = arrived, .no_result = HvNoResult::undefined_opcode});
+      return handled(vcpu.refuse_hypercall(), "refuse a hypercall");
+    }
     hypercalls.set_hypercall_page(interface.hypercall_page());
     hypercalls.set_reference_tsc_page(interface.reference_tsc_page());
   }
-  const HypercallResult result = hypercalls.handle({.control = call.control,
-                                                    .input = GuestAddress(call.input),
-                                                    .output = GuestAddress(call.output),
-                                                    .cpl = call.cpl});
+  const HypercallResult result = hypercalls.handle(arrived);
   if (result) return handled(vcpu.complete_hypercall(*result), "complete a hypercall");
   if (result.error() == HvNoResult::not_ours) return false;
   return handled(vcpu.refuse_hypercall(), "refuse a hypercall");
@@ -178,6 +197,8 @@ HypervResult<bool> Hyperv::State::answer(Vcpu& vcpu, const ReadMsr& access) {
     tsc = *now;
   }
   const auto value = interface.read_msr(vcpu.id(), access.index, tsc);
+  trace(HvMsrTouched{
+      .vp_index = vcpu.id(), .access = HvMsrAccess::read, .index = access.index, .value = value, .is_refused = !value});
   return handled(value ? vcpu.complete_read_msr(*value) : vcpu.refuse_msr(), "answer RDMSR");
 }
 
@@ -192,11 +213,32 @@ HypervResult<bool> Hyperv::State::answer(Vcpu& vcpu, const WriteMsr& access) {
   };
   const auto taken = write();
   if (!taken) return taken;
+  trace(HvMsrTouched{.vp_index = vcpu.id(),
+                     .access = HvMsrAccess::write,
+                     .index = access.index,
+                     .value = access.value,
+                     .is_refused = !*taken});
   return handled(*taken ? vcpu.complete_write_msr() : vcpu.refuse_msr(), "answer WRMSR");
 }
 
 HypervResult<bool> Hyperv::handle(Vcpu& vcpu, const Exit& exit) {
   return std::visit([&](const auto& each) { return state_->answer(vcpu, each); }, exit);
+}
+
+HypervResult<void> Hyperv::trace_held_msrs(const Vcpu& vcpu) const {
+  if (!state_->hypercalls.options().trace || state_->transport == HypercallTransport::user) return {};
+  auto held = synthetic_msrs(vcpu);
+  if (!held) return std::unexpected(held.error());
+  if (state_->transport == HypercallTransport::kernel) {
+    const auto own = state(vcpu);
+    if (!own) return std::unexpected(own.error());
+    held->push_back({hv_msr_guest_os_id, own->guest_os_id});
+    held->push_back({hv_msr_hypercall, own->hypercall});
+  }
+  for (const MsrEntry& entry : *held)
+    state_->trace(
+        HvMsrTouched{.vp_index = vcpu.id(), .access = HvMsrAccess::held, .index = entry.index, .value = entry.value});
+  return {};
 }
 
 /// KVM's two MSRs of the VM's, by whichever vCPU they are set. KVM ignores writes to HYPERCALL without an OS ID.

@@ -44,6 +44,11 @@ public:
   /// and `split`: an extended hypercall while GUEST_OS_ID is 0 is #UD (others are no Hyper-V calls to KVM then).
   [[nodiscard]] HypervResult<bool> handle(Vcpu& vcpu, const Exit& exit);
 
+  /// Tells HvOptions::trace, if there is one, what KVM holds of the MSRs that it answers itself (synthetic_msrs), whose
+  /// accesses are not seen. Nothing with the transport `user`. On the vCPU's own thread, or while it does not run. kvm
+  /// when KVM refuses.
+  [[nodiscard]] HypervResult<void> trace_held_msrs(const Vcpu& vcpu) const;
+
   /// Forgets what the guest set up: GUEST_OS_ID and HYPERCALL are 0 (and not locked), as at power-on, over each
   /// transport, and so are KVM's other synthetic MSRs of this vCPU and of the VM: KVM would go on writing to pages that
   /// the guest named there (its reference TSC, messages), which are the next boot's. From now on no extended hypercall

@@ -8,6 +8,7 @@
 #include <optional>
 #include <span>
 #include <thread>
+#include <variant>
 #include <vector>
 import cppvmm.guest_memory;
 import cppvmm.hv_calls;
@@ -360,6 +361,50 @@ TEST_F(Calls, AnswersAllVcpusAtOnce) {
   for (auto& thread : threads)
     thread.join();
   EXPECT_EQ(hypercalls.counts().get_boot_zeroed_memory, vcpus * rounds);
+}
+
+TEST_F(Calls, AreTraced) {
+  std::vector<HvCallEnded> ended;
+  std::vector<std::vector<PageRange>> answered;
+  HvRangesAnswered last;
+  HvOptions options;
+  options.trace = [&](const HvTraceEvent& event) {
+    if (const auto* const call = std::get_if<HvCallEnded>(&event)) ended.push_back(*call);
+    if (const auto* const ranges = std::get_if<HvRangesAnswered>(&event)) {
+      EXPECT_EQ(ended.size(), 1U) << "before the call's own event";
+      answered.emplace_back(ranges->ranges.begin(), ranges->ranges.end());
+      last = *ranges;
+    }
+  };
+  bool is_told = false;
+  options.on_boot_zeroed = [&](const BootZeroedAnswer& answer) {
+    is_told = true;
+    EXPECT_EQ(answered, (std::vector<std::vector<PageRange>>{answer.ranges}));
+  };
+  auto hypercalls = *ExtendedHypercalls::create(memory, options);
+  EXPECT_EQ(call(hypercalls, query, 0x1000), 0U);
+  EXPECT_EQ(hypercalls.handle({.control = boot_zeroed, .output = GuestAddress(0x2000), .vp_index = 7}), 0U);
+  EXPECT_EQ(call(hypercalls, boot_zeroed, 0x2001), hv_result(HvStatus::invalid_alignment));
+  EXPECT_FALSE(call(hypercalls, query, 0x1000, 3));
+  EXPECT_FALSE(call(hypercalls, 0x005C, 0x1000));
+  EXPECT_TRUE(is_told);
+  ASSERT_EQ(answered.size(), 1U);
+  EXPECT_EQ(last.output, GuestAddress(0x2000));
+  EXPECT_EQ(last.ram_pages, 4 * mib / page_size + 1);
+  EXPECT_EQ(last.zeroed_ranges, answered[0].size());
+  std::uint64_t pages = 0;
+  for (const PageRange& range : answered[0])
+    pages += range.count();
+  EXPECT_EQ(last.zeroed_pages, pages);
+  ASSERT_EQ(ended.size(), 5U);
+  EXPECT_EQ(ended[1].call.vp_index, 7U);
+  EXPECT_EQ(ended[1].call.output, GuestAddress(0x2000));
+  EXPECT_EQ(ended[1].result, 0U);
+  EXPECT_GT(ended[1].took.count(), 0);
+  EXPECT_EQ(ended[2].result, hv_result(HvStatus::invalid_alignment));
+  EXPECT_FALSE(ended[3].result);
+  EXPECT_EQ(ended[3].no_result, HvNoResult::undefined_opcode);
+  EXPECT_EQ(ended[4].no_result, HvNoResult::not_ours);
 }
 
 // Whatever 64 bits a guest puts in three registers: an answer or a refusal, and memory is written on success alone.

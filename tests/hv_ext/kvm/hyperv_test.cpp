@@ -6,6 +6,8 @@
 #include <optional>
 #include <string>
 #include <sys/mman.h>
+#include <utility>
+#include <variant>
 #include <vector>
 
 #include <expected>
@@ -394,6 +396,66 @@ TEST_P(HypervOver, HandsBackAnothersCallWhichWaitsForItsResult) {
   EXPECT_EQ(hyperv->hypercalls().counts().other, 1U);
 }
 
+TEST_P(HypervOver, TracesWhatAGuestSeesAndDoes) {
+  std::vector<HvCpuidGiven> leaves;
+  std::vector<HvMsrTouched> msrs;
+  Code code = introduction();
+  show_msr(code, 0x4000'01FF); // nobody's, which ends it
+  HvOptions options;
+  options.trace = [&](const HvTraceEvent& event) {
+    if (const auto* const leaf = std::get_if<HvCpuidGiven>(&event)) leaves.push_back(*leaf);
+    if (const auto* const msr = std::get_if<HvMsrTouched>(&event)) msrs.push_back(*msr);
+  };
+  start(code, std::move(options));
+  EXPECT_TRUE(run_to_end().empty());
+  EXPECT_TRUE(ended_with(ExceptionVector::general_protection));
+  const auto features = std::ranges::find(leaves, hv_cpuid_features, &HvCpuidGiven::function);
+  ASSERT_NE(features, leaves.end());
+  EXPECT_NE(features->ebx & hv_feature_ebx_extended_hypercalls, 0U);
+  ASSERT_EQ(msrs.size(), GetParam() == HypercallTransport::kernel  ? 0U
+                         : GetParam() == HypercallTransport::split ? 2U
+                                                                   : 3U);
+  if (!msrs.empty()) {
+    EXPECT_EQ(msrs[0].index, hv_msr_guest_os_id);
+    EXPECT_EQ(msrs[0].access, HvMsrAccess::write);
+    EXPECT_EQ(msrs[0].value, 0x8100'0000'0000'0001U);
+    EXPECT_FALSE(msrs[0].is_refused);
+  }
+  if (msrs.size() == 3) {
+    EXPECT_EQ(msrs[2].access, HvMsrAccess::read);
+    EXPECT_TRUE(msrs[2].is_refused);
+    EXPECT_FALSE(msrs[2].value);
+  }
+  // What KVM has answered by itself is seen by what it holds.
+  msrs.clear();
+  ASSERT_TRUE(hyperv->trace_held_msrs(*vcpu));
+  const auto id = std::ranges::find(msrs, hv_msr_guest_os_id, &HvMsrTouched::index);
+  if (GetParam() == HypercallTransport::kernel) {
+    ASSERT_NE(id, msrs.end());
+    EXPECT_EQ(id->access, HvMsrAccess::held);
+    EXPECT_EQ(id->value, 0x8100'0000'0000'0001U);
+  }
+  EXPECT_EQ(msrs.empty(), GetParam() == HypercallTransport::user);
+}
+
+TEST_P(HypervOver, TracesCalls) {
+  std::vector<HvCallEnded> calls;
+  Code code = introduction();
+  hypercall(code, 0x8001, query_output);
+  hypercall(code, 0x8041, query_output);
+  HvOptions options;
+  options.trace = [&](const HvTraceEvent& event) {
+    if (const auto* const call = std::get_if<HvCallEnded>(&event)) calls.push_back(*call);
+  };
+  start(code.hlt(), std::move(options));
+  EXPECT_EQ(run_to_end().size(), 2U);
+  ASSERT_EQ(calls.size(), 2U);
+  EXPECT_EQ(calls[0].call.output, GuestAddress(query_output));
+  EXPECT_EQ(calls[0].result, 0U);
+  EXPECT_EQ(calls[1].call.control, 0x8041U);
+  EXPECT_EQ(calls[1].result, hv_result(HvStatus::invalid_hypercall_code));
+}
+
 TEST_P(HypervOver, TakesNoCallBeforeTheGuestSaidWhoItIs) {
   if (GetParam() == HypercallTransport::kernel) GTEST_SKIP() << "a trap that the guest makes by itself is KVM's";
   start(Code().out(user_hypercall_port).hlt());
@@ -730,8 +792,8 @@ TEST_P(HypervOver, ResetInPlaceHasKvmForgetThePagesThatTheGuestNamed) {
   EXPECT_EQ(*vcpu->msr(0x4000'0021), 0U);
 }
 
-// HvCallPostMessage of a guest that has a SynIC, for a VMM with VMBus.
-TEST_P(HypervOver, HandsBackAMessageThatKvmForwards) {
+// HvCallPostMessage and HvCallSignalEvent of a guest that has a SynIC, for a VMM with VMBus.
+TEST_P(HypervOver, HandsBackMessagesAndEventsThatKvmForwards) {
   if (GetParam() == HypercallTransport::user) GTEST_SKIP() << "here KVM has none";
   ASSERT_KVM_OK(vm->create_interrupt_controller());
   ASSERT_NO_FATAL_FAILURE(make({}, GetParam()));
@@ -739,6 +801,7 @@ TEST_P(HypervOver, HandsBackAMessageThatKvmForwards) {
   ASSERT_TRUE(hyperv->prepare(*vcpu, *kvm->supported_cpuid(), {.leaves = *full_hv_cpuid(*vcpu)}));
   Code code = introduction();
   hypercall(code, 0x005C, query_output);
+  hypercall(code, 0x1'005D, query_output); // fast: connection 0, which is no eventfd's
   hypercall(code, 0x8001, query_output);
   load(code.out(0x11)); // HLT does not come out with an interrupt controller of KVM's
   ASSERT_KVM_OK(start_long_mode(*vcpu));
@@ -749,7 +812,13 @@ TEST_P(HypervOver, HandsBackAMessageThatKvmForwards) {
   EXPECT_EQ(call->control, 0x005CU);
   EXPECT_EQ(call->transport, HypercallTransport::kernel);
   ASSERT_KVM_OK(vcpu->complete_hypercall(0x1234));
-  EXPECT_EQ(run_to_end(), (std::vector<std::uint64_t>{0x1234, 0}));
+  EXPECT_EQ(run_to_end(), (std::vector<std::uint64_t>{0x1234}));
+  const auto* const event = std::get_if<Hypercall>(&*ended_by);
+  ASSERT_NE(event, nullptr) << exit_name(*ended_by);
+  EXPECT_EQ(event->control, 0x1'005DU);
+  EXPECT_EQ(event->transport, HypercallTransport::kernel);
+  ASSERT_KVM_OK(vcpu->complete_hypercall(0x5678));
+  EXPECT_EQ(run_to_end(), (std::vector<std::uint64_t>{0x5678, 0}));
   EXPECT_EQ(memory.read<std::uint64_t>(query_output), 1U);
 }
 
