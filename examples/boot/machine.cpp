@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <boost/asio/executor_work_guard.hpp>
 #include <boost/asio/io_context.hpp>
 #include <boost/asio/post.hpp>
@@ -32,6 +33,7 @@
 #include "guest.hpp"
 #include "linux_guest.hpp"
 #include "ram.hpp"
+#include "trace_file.hpp"
 #include "zeroing_guest.hpp"
 
 namespace cppvmm::boot {
@@ -201,6 +203,7 @@ struct Powered {
   std::once_flag preparations_ended;
   std::optional<Hyperv> hyperv;
   std::vector<Vcpu> vcpus; ///< Until they are started.
+  std::array<std::atomic<bool>, zeroing::max_cpus> msrs_traced{};
 };
 
 class Machine {
@@ -227,6 +230,11 @@ public:
     memory_ = std::make_unique<GuestMemory>(std::move(ram->map));
     figures_.options = options_;
     figures_.vcpu_ticks.assign(options_.cpus, TickFigures());
+    if (!options_.trace.empty()) {
+      auto trace = TraceFile::create(options_);
+      if (!trace) return failure("--trace: " + trace.error());
+      trace_ = std::move(*trace);
+    }
     return power_on();
   }
 
@@ -241,6 +249,7 @@ public:
     io_.run();
     const auto wall = Clock::now() - started;
 
+    if (trace_ && !trace_->finish()) findings_.fail("cannot write " + options_.trace);
     if (signal_ != 0) return std::unexpected(interrupted());
     if (auto text = findings_.failure()) return std::unexpected(after_answers({.text = std::move(*text)}));
     figures_.wall_ms = Milliseconds(wall).count();
@@ -438,6 +447,8 @@ private:
     if (power_->hyperv) {
       const auto handled = power_->hyperv->handle(vcpu, exit);
       if (!handled) return fail(handled.error().message());
+      if (*handled && trace_ && std::holds_alternative<Hypercall>(exit))
+        if (auto held = trace_held_msrs(vcpu); !held) return fail(held.error());
       // An audit that failed has said so to the findings.
       if (*handled) return findings_.failure() ? VcpuAction::stop_group : VcpuAction::resume;
     }
@@ -455,6 +466,13 @@ private:
     return action ? *action : fail(action.error());
   }
 
+  /// At the vCPU's first call of a boot, for it has set them up by then.
+  std::expected<void, std::string> trace_held_msrs(const Vcpu& vcpu) {
+    if (power_->msrs_traced[vcpu.id()].exchange(true)) return {};
+    if (auto held = power_->hyperv->trace_held_msrs(vcpu); !held) return std::unexpected(held.error().message());
+    return {};
+  }
+
   Result<void> make_hyperv() {
     if (options_.hypercalls == Hypercalls::off) return {};
     HvOptions hv;
@@ -464,6 +482,7 @@ private:
       on_answer(answer, figures_.resets + 1, options_, *memory_->snapshot(), findings_, stop_.get_token());
       end_preparations();
     };
+    if (trace_) hv.trace = [this](const HvTraceEvent& event) { trace_->add(event); };
     if (options_.content_check)
       hv.survey.content_check =
           ContentCheckOptions{.executor = [this](auto task) { boost::asio::post(helpers_, std::move(task)); }};
@@ -475,6 +494,7 @@ private:
     if (!hyperv)
       return failure(std::string("--hypercalls ") + to_string(options_.hypercalls) + ": " + hyperv.error().message());
     power_->hyperv.emplace(std::move(*hyperv));
+    if (trace_) trace_->begin_boot(figures_.resets + 1, used_for(power_->hyperv->transport()));
     return {};
   }
 
@@ -550,6 +570,7 @@ private:
   std::vector<std::shared_ptr<OwnMapping>> mappings_;
   std::unique_ptr<GuestMemory> memory_;
   Findings findings_;
+  std::unique_ptr<TraceFile> trace_;
   std::stop_source stop_;
   RunFigures figures_; ///< Of all boots so far; what the vCPUs find out comes last.
   boost::asio::io_context io_;

@@ -207,6 +207,12 @@ std::expected<Options, EarlyExit> parse_options(int argc, const char* const* arg
   app.add_option("--map", options.map,
                  "Draw guest memory as the last answer found it: as SVG to this file, and on standard output")
       ->type_name("FILE");
+  app.add_option(
+         "--trace", options.trace,
+         "Write what the guest is shown of Hyper-V, what it asks and what it is told to this file, as a line of "
+         "JSON each: CPUID leaves, MSRs, hypercalls, ranges, nothing of guest memory. Of what KVM answers by "
+         "itself there is what it holds at a vCPU's first call. At most 64 MiB; ./dev trace prints it")
+      ->type_name("FILE");
   app.add_option("--kvm-device", options.kvm_device, "KVM's device")->capture_default_str()->type_name("FILE");
 
   try {

@@ -43,6 +43,7 @@ struct Options {
   std::string append = "console=ttyS0 panic=-1"; ///< The kernel's command line.
   std::string json;                              ///< Where the JSON goes; empty: nowhere, "-": standard output.
   std::string map;                               ///< Where the picture of guest memory goes, as SVG; empty: nowhere.
+  std::string trace;                             ///< Where the trace of Hyper-V's use goes; empty: nowhere.
   std::string kvm_device = "/dev/kvm";
 };
 
