@@ -33,6 +33,7 @@ export struct Capabilities {
   std::uint32_t user_space_msr_reasons = 0; ///< KVM_CAP_X86_USER_SPACE_MSR: msr_reason_* bits.
   bool msr_filter = false;                  ///< KVM_CAP_X86_MSR_FILTER.
   std::size_t xsave_bytes = 0;              ///< KVM_CAP_XSAVE2 (Linux 5.17), as at the VM's first vCPU.
+  std::size_t nested_state_bytes = 0;       ///< KVM_CAP_NESTED_STATE: the most that Vcpu::nested_state gives; 0: none.
   bool hyperv = false;                      ///< KVM_CAP_HYPERV: KVM has a Hyper-V face of its own.
   bool hyperv_cpuid = false;                ///< KVM_CAP_HYPERV_CPUID, for a vCPU.
   bool system_hyperv_cpuid = false;         ///< KVM_CAP_SYS_HYPERV_CPUID, for /dev/kvm itself.

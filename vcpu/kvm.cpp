@@ -66,6 +66,7 @@ static KvmResult<Capabilities> probe(int descriptor) {
     result.user_space_msr_reasons = msr_reason_invalid | msr_reason_unknown | msr_reason_filter;
   result.msr_filter = extension(KVM_CAP_X86_MSR_FILTER) != 0;
   result.xsave_bytes = extension(KVM_CAP_XSAVE2);
+  result.nested_state_bytes = extension(KVM_CAP_NESTED_STATE);
   result.hyperv = extension(KVM_CAP_HYPERV) != 0;
   result.hyperv_cpuid = extension(KVM_CAP_HYPERV_CPUID) != 0;
   result.system_hyperv_cpuid = extension(KVM_CAP_SYS_HYPERV_CPUID) != 0;

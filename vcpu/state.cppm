@@ -35,6 +35,13 @@ export struct Xsave {
   friend bool operator==(const Xsave&, const Xsave&) = default;
 };
 
+/// What KVM keeps of a vCPU that has guests of its own (struct kvm_nested_state and what follows it): as many bytes as
+/// its `size` says.
+export struct NestedState {
+  std::vector<std::byte> bytes{};
+  friend bool operator==(const NestedState&, const NestedState&) = default;
+};
+
 /// The registers of KVM's local APIC (struct kvm_lapic_state).
 export struct LocalApic {
   std::array<std::byte, 1024> bytes{};

@@ -98,6 +98,7 @@ struct Vcpu::Impl {
   bool hyperv_synic = false;
   bool has_synic = false;
   std::size_t xsave_bytes = 0;
+  std::size_t nested_state_bytes = 0;
   bool system_event_data = false;
   std::optional<std::uint8_t> hypercall_port;
 
@@ -160,6 +161,7 @@ KvmResult<Vcpu> Vcpu::adopt(FileDescriptor descriptor, const Capabilities& capab
   impl->hyperv_enforce_cpuid = capabilities.hyperv_enforce_cpuid;
   impl->hyperv_synic = capabilities.hyperv_synic;
   impl->xsave_bytes = std::max(legacy_xsave_bytes, capabilities.xsave_bytes);
+  impl->nested_state_bytes = capabilities.nested_state_bytes;
   impl->system_event_data = capabilities.system_event_data;
   return Vcpu(std::move(impl));
 }
@@ -356,6 +358,34 @@ KvmResult<void> Vcpu::set_xsave(const Xsave& xsave) {
   if (xsave.bytes.size() != impl_->xsave_bytes)
     return failed(KvmErrc::invalid_argument, "Vcpu::set_xsave: bytes", xsave.bytes.size());
   return kvm_set(impl_->fd(), set_xsave_request, xsave.bytes.data(), "KVM_SET_XSAVE");
+}
+
+KvmResult<NestedState> Vcpu::nested_state() const {
+  if (!impl_) return moved_from("Vcpu::nested_state");
+  if (impl_->nested_state_bytes < sizeof(kvm_nested_state))
+    return failed(KvmErrc::unsupported, "KVM_CAP_NESTED_STATE", KVM_CAP_NESTED_STATE);
+  NestedState state{.bytes = std::vector<std::byte>(impl_->nested_state_bytes)};
+  kvm_nested_state head{};
+  head.size = static_cast<std::uint32_t>(state.bytes.size());
+  std::memcpy(state.bytes.data(), &head, sizeof head);
+  if (const auto got = kvm_set(impl_->fd(), KVM_GET_NESTED_STATE, state.bytes.data(), "KVM_GET_NESTED_STATE"); !got)
+    return std::unexpected(got.error());
+  std::memcpy(&head, state.bytes.data(), sizeof head);
+  state.bytes.resize(std::min<std::size_t>(head.size, state.bytes.size()));
+  return state;
+}
+
+KvmResult<void> Vcpu::set_nested_state(const NestedState& nested) {
+  if (!impl_) return moved_from("Vcpu::set_nested_state");
+  if (impl_->nested_state_bytes < sizeof(kvm_nested_state))
+    return failed(KvmErrc::unsupported, "KVM_CAP_NESTED_STATE", KVM_CAP_NESTED_STATE);
+  kvm_nested_state head{};
+  const bool has_head = nested.bytes.size() >= sizeof head;
+  if (has_head) std::memcpy(&head, nested.bytes.data(), sizeof head);
+  // KVM reads as many as are said.
+  if (!has_head || head.size != nested.bytes.size() || nested.bytes.size() > impl_->nested_state_bytes)
+    return failed(KvmErrc::invalid_argument, "Vcpu::set_nested_state: bytes", nested.bytes.size());
+  return kvm_set(impl_->fd(), KVM_SET_NESTED_STATE, nested.bytes.data(), "KVM_SET_NESTED_STATE");
 }
 
 KvmResult<LocalApic> Vcpu::local_apic() const {

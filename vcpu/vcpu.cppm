@@ -68,11 +68,10 @@ public:
   /// Sets them in order; the error names the first that KVM refused, those before it are set.
   [[nodiscard]] KvmResult<void> set_msrs(std::span<const MsrEntry> entries);
 
-  /// What KVM keeps of a vCPU beside its registers and MSRs, for snapshots and migration (but for that of a guest's own
-  /// guests: KVM_GET_NESTED_STATE); none runs meanwhile, and the last exit was
-  /// finished (by run() with a stop requested, which returns before the guest executes anything). To be put back in
-  /// this order: set_tsc_khz, CPUID, set_special_registers, set_extended_control_registers, set_xsave,
-  /// set_registers, set_local_apic, set_msrs, set_debug_registers, set_mp_state, set_events.
+  /// What KVM keeps of a vCPU beside its registers and MSRs, for snapshots and migration; none runs meanwhile, and the
+  /// last exit was finished (by run() with a stop requested, which returns before the guest executes anything). To be
+  /// put back in this order: set_tsc_khz, CPUID, set_special_registers, set_extended_control_registers, set_xsave,
+  /// set_registers, set_local_apic, set_msrs, set_nested_state, set_debug_registers, set_mp_state, set_events.
   [[nodiscard]] KvmResult<VcpuEvents> events() const;
   [[nodiscard]] KvmResult<void> set_events(const VcpuEvents& events);
   [[nodiscard]] KvmResult<DebugRegisters> debug_registers() const;
@@ -82,6 +81,11 @@ public:
   [[nodiscard]] KvmResult<Xsave> xsave() const;
   /// invalid_argument unless it has as many bytes as xsave() gives here.
   [[nodiscard]] KvmResult<void> set_xsave(const Xsave& xsave);
+  /// Of a guest that runs guests, and of any other on a KVM that can have such. unsupported where KVM cannot.
+  [[nodiscard]] KvmResult<NestedState> nested_state() const;
+  /// invalid_argument unless there are as many bytes as they say themselves, and no more than
+  /// Capabilities::nested_state_bytes.
+  [[nodiscard]] KvmResult<void> set_nested_state(const NestedState& nested);
   /// In a VM with KVM's interrupt controller.
   [[nodiscard]] KvmResult<LocalApic> local_apic() const;
   [[nodiscard]] KvmResult<void> set_local_apic(const LocalApic& apic);

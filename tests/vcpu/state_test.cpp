@@ -52,6 +52,30 @@ TEST_F(State, OfAnXsaveOfAnotherSizeIsRefused) {
   EXPECT_EQ(refused.error().code, KvmErrc::invalid_argument);
 }
 
+TEST_F(State, OfAGuestsOwnGuestsIsPutBackAsItWasTaken) {
+  Vcpu vcpu = make_vcpu();
+  const auto taken = vcpu.nested_state();
+  if (kvm->capabilities().nested_state_bytes == 0) {
+    ASSERT_FALSE(taken);
+    EXPECT_EQ(taken.error().code, KvmErrc::unsupported);
+    EXPECT_FALSE(vcpu.set_nested_state({}));
+    GTEST_SKIP() << "this KVM's guests have no guests";
+  }
+  ASSERT_TRUE(taken) << taken.error().message();
+  EXPECT_GE(taken->bytes.size(), 128U);
+  EXPECT_LE(taken->bytes.size(), kvm->capabilities().nested_state_bytes);
+  ASSERT_KVM_OK(vcpu.set_nested_state(*taken));
+  EXPECT_EQ(vcpu.nested_state(), taken);
+  // KVM would read behind the end.
+  for (const std::size_t bytes : {std::size_t{0}, std::size_t{7}, taken->bytes.size() - 1, taken->bytes.size() + 1}) {
+    auto other = *taken;
+    other.bytes.resize(bytes);
+    const auto refused = vcpu.set_nested_state(other);
+    ASSERT_FALSE(refused) << bytes;
+    EXPECT_EQ(refused.error().code, KvmErrc::invalid_argument);
+  }
+}
+
 TEST_F(State, OfTheBoardIsPutBackAsItWasTaken) {
   for (const auto chip : {InterruptChip::pic_master, InterruptChip::pic_slave, InterruptChip::io_apic}) {
     const auto taken = vm->interrupt_controller(chip);
