@@ -3,6 +3,7 @@
 
 #include "machine.hpp"
 #include "report.hpp"
+#include "saved_machine.hpp"
 #include "tests/guests/zeroing/abi.hpp"
 
 #include <boost/asio/io_context.hpp>
@@ -40,7 +41,7 @@ public:
   /// Pages that leftovers are kept out of.
   [[nodiscard]] virtual zeroing::Pages lives_in() const { return {}; }
   /// Puts what the guest starts with into its memory, which is all zero but for leftovers and is there until `end`.
-  /// Called for one boot more than Options::resets.
+  /// Called for one boot more than Options::resets; of a machine that is restored, not at all.
   [[nodiscard]] virtual Result<void> load(const GuestMemory& memory) = 0;
   /// Puts the devices into the state that they have at power-on, and adds them to the VM, which has its memory and no
   /// vCPU yet. `vm` is there until `end`.
@@ -51,7 +52,7 @@ public:
   [[nodiscard]] virtual std::vector<CpuidEntry> cpuid(std::vector<CpuidEntry> supported, std::uint32_t /*id*/) const {
     return supported;
   }
-  /// Gives a vCPU the registers that it starts with.
+  /// Gives a vCPU the registers that it starts with; not called of a machine that is restored.
   [[nodiscard]] virtual Result<void> set_registers(Vcpu& vcpu) = 0;
   /// What goes on beside the vCPUs. On the thread that runs `io`, as `end` is.
   virtual void begin(boost::asio::io_context& /*io*/) {}
@@ -59,6 +60,11 @@ public:
   [[nodiscard]] virtual std::expected<VcpuAction, std::string> on_exit(Vcpu& vcpu, const Exit& exit) = 0;
   /// The vCPUs are about to end or have ended: nothing of begin may do anything any more. May be called again.
   virtual void end() {}
+  /// Whether the vCPUs ended so that the machine can be saved (Options::save).
+  [[nodiscard]] virtual bool is_to_be_saved() const { return false; }
+  /// The devices, between add_devices and the end of the vCPUs; what is put back is what was taken.
+  [[nodiscard]] virtual SavedDevices devices() const { return {}; }
+  [[nodiscard]] virtual Result<void> restore_devices(const SavedDevices& /*devices*/) { return {}; }
   /// Adds what is known of the guest; an error when it did not come to its end, which Options::resets can start anew.
   [[nodiscard]] virtual Result<void> collect(const MemoryMap& map, RunFigures& figures) = 0;
 };

@@ -130,7 +130,7 @@ class LinuxGuest final : public Guest {
 public:
   LinuxGuest(const Options& options, std::vector<zeroing::Pages> ram, std::vector<std::byte> kernel,
              std::vector<std::byte> initrd, LinuxImage image, LinuxPlan plan)
-      : cpus_(options.cpus), boots_left_(std::uint64_t{options.resets} + 1),
+      : cpus_(options.cpus), save_at_(options.save_at), boots_left_(std::uint64_t{options.resets} + 1),
         console_(options.json == "-" ? STDERR_FILENO : STDOUT_FILENO), ram_(std::move(ram)), kernel_(std::move(kernel)),
         initrd_(std::move(initrd)), image_(image), plan_(std::move(plan)) {}
 
@@ -157,7 +157,7 @@ public:
     clock_index_ = 0;
     reset_ = false;
     serial_.emplace(Serial::Callbacks{
-        .transmit = [this](char character) { write_to_console(console_, character); },
+        .transmit = [this](char character) { transmit(character); },
         .interrupt =
             [this, &vm](bool active) {
               if (auto set = vm.set_interrupt_line(serial_interrupt, active); !set)
@@ -221,11 +221,30 @@ public:
 
   [[nodiscard]] Result<void> collect(const MemoryMap& /*map*/, RunFigures& /*figures*/) override {
     if (auto error = interrupt_error_.load(); error != 0) return os_failure("the serial port's interrupt", error);
-    if (!reset_) return failure("the guest ended without a reset");
+    if (!reset_ && !saves_) return failure("the guest ended without a reset");
+    return {};
+  }
+
+  [[nodiscard]] bool is_to_be_saved() const override { return saves_; }
+  [[nodiscard]] SavedDevices devices() const override {
+    return {.serial = serial_->state(), .clock_index = clock_index_};
+  }
+  [[nodiscard]] Result<void> restore_devices(const SavedDevices& devices) override {
+    if (!serial_->restore(devices.serial)) return failure("--restore: the serial port's state is none");
+    clock_index_ = devices.clock_index;
     return {};
   }
 
 private:
+  /// A character for the console, with the serial port's lock held.
+  void transmit(char character) {
+    write_to_console(console_, character);
+    if (save_at_.empty()) return;
+    heard_ += character;
+    if (heard_.size() > save_at_.size()) heard_.erase(0, heard_.size() - save_at_.size());
+    if (heard_ == save_at_) saves_ = true;
+  }
+
   /// A byte that the guest writes to a port.
   void write_byte(std::uint16_t port, std::uint8_t value) {
     constexpr std::uint8_t keyboard_reset = 0xFE; // pulses the line that resets the processor
@@ -257,7 +276,7 @@ private:
   [[nodiscard]] VcpuAction port_write(const IoOut& out) {
     for (std::size_t i = 0; i < out.data.size(); ++i)
       write_byte(static_cast<std::uint16_t>(out.port + i % out.size), std::to_integer<std::uint8_t>(out.data[i]));
-    return reset_ ? VcpuAction::stop_group : VcpuAction::resume;
+    return reset_ || saves_ ? VcpuAction::stop_group : VcpuAction::resume;
   }
 
   [[nodiscard]] std::expected<VcpuAction, std::string> port_read(Vcpu& vcpu, const IoIn& in) {
@@ -274,6 +293,8 @@ private:
   }
 
   std::uint32_t cpus_;
+  std::string save_at_;      // what the guest says then; empty: never
+  std::string heard_;        // the last that it said
   std::uint64_t boots_left_; // to be loaded for
   int console_;
   std::vector<zeroing::Pages> ram_;
@@ -285,6 +306,7 @@ private:
   std::shared_ptr<ConsoleInput> input_;
   std::atomic<int> interrupt_error_ = 0;
   std::atomic<bool> reset_ = false;
+  std::atomic<bool> saves_ = false;
   std::atomic<std::uint8_t> clock_index_ = 0;
   std::optional<Serial> serial_;
 };
@@ -307,6 +329,11 @@ Result<std::unique_ptr<Guest>> make_linux_guest(const Options& options) {
   if (!plan) return failure(std::move(plan.error()));
   return std::make_unique<LinuxGuest>(options, std::move(ram), std::move(*kernel), std::move(initrd), *image,
                                       std::move(*plan));
+}
+
+std::unique_ptr<Guest> make_restored_guest(const Options& options) {
+  return std::make_unique<LinuxGuest>(options, ram_ranges(options.memory_bytes), std::vector<std::byte>(),
+                                      std::vector<std::byte>(), LinuxImage(), LinuxPlan());
 }
 
 } // namespace cppvmm::boot

@@ -12,4 +12,7 @@ namespace cppvmm::boot {
 /// standard error where the JSON goes to standard output.
 [[nodiscard]] Result<std::unique_ptr<Guest>> make_linux_guest(const Options& options);
 
+/// One that goes on from where it was saved.
+[[nodiscard]] std::unique_ptr<Guest> make_restored_guest(const Options& options);
+
 } // namespace cppvmm::boot

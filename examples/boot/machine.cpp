@@ -33,6 +33,7 @@
 #include "guest.hpp"
 #include "linux_guest.hpp"
 #include "ram.hpp"
+#include "saved_machine.hpp"
 #include "trace_file.hpp"
 #include "zeroing_guest.hpp"
 
@@ -214,20 +215,10 @@ public:
     auto kvm = Kvm::open(options_.kvm_device.c_str());
     if (!kvm) return failure(explain_open(options_.kvm_device, kvm.error()));
     kvm_.emplace(std::move(*kvm));
-    auto guest = options_.kernel.empty() ? make_zeroing_guest(options_) : make_linux_guest(options_);
-    if (!guest) return std::unexpected(std::move(guest.error()));
-    guest_ = std::move(*guest);
     auto cpuid = kvm_->supported_cpuid();
     if (!cpuid) return failure(cpuid.error().message());
     cpuid_ = std::move(*cpuid);
-    if (auto fits = check_address_bits(cpuid_, guest_->ram()); !fits) return fits;
-    if (options_.cpus > kvm_->capabilities().max_vcpus)
-      return failure("--cpus is too many: KVM gives a VM at most " + std::to_string(kvm_->capabilities().max_vcpus));
-
-    auto ram = make_ram(options_, guest_->ram());
-    if (!ram) return failure(std::move(ram.error()));
-    mappings_ = std::move(ram->mappings);
-    memory_ = std::make_unique<GuestMemory>(std::move(ram->map));
+    if (auto made = options_.restore.empty() ? make_guest() : read_saved(); !made) return made;
     figures_.options = options_;
     figures_.vcpu_ticks.assign(options_.cpus, TickFigures());
     if (!options_.trace.empty()) {
@@ -259,6 +250,46 @@ public:
   }
 
 private:
+  Result<void> make_guest() {
+    auto guest = options_.kernel.empty() ? make_zeroing_guest(options_) : make_linux_guest(options_);
+    if (!guest) return std::unexpected(std::move(guest.error()));
+    guest_ = std::move(*guest);
+    return make_memory();
+  }
+
+  Result<void> make_memory() {
+    if (auto fits = check_address_bits(cpuid_, guest_->ram()); !fits) return fits;
+    if (options_.cpus > kvm_->capabilities().max_vcpus)
+      return failure("--cpus is too many: KVM gives a VM at most " + std::to_string(kvm_->capabilities().max_vcpus));
+
+    auto ram = make_ram(options_, guest_->ram());
+    if (!ram) return failure(std::move(ram.error()));
+    mappings_ = std::move(ram->mappings);
+    memory_ = std::make_unique<GuestMemory>(std::move(ram->map));
+    if (auto prepared = prepare_ram(options_, *memory_->snapshot()); !prepared)
+      return failure(std::move(prepared.error()));
+    return {};
+  }
+
+  /// Memory and options of a machine that was saved; the rest waits for its parts to be made.
+  Result<void> read_saved() {
+    auto saved = read_machine(
+        options_.restore, [this](const Options& of_file) -> std::expected<const GuestMemory*, std::string> {
+          if (!is_memory_size(of_file.memory_bytes) || of_file.cpus == 0 || of_file.cpus > zeroing::max_cpus)
+            return std::unexpected(options_.restore + " is damaged: no machine is of this size");
+          options_.memory_bytes = of_file.memory_bytes;
+          options_.cpus = of_file.cpus;
+          options_.hypercalls = of_file.hypercalls;
+          options_.enlightenments = of_file.enlightenments;
+          guest_ = make_restored_guest(options_);
+          if (auto made = make_memory(); !made) return std::unexpected(std::move(made.error().text));
+          return memory_.get();
+        });
+    if (!saved) return failure("--restore: " + saved.error());
+    saved_.emplace(std::move(*saved));
+    return {};
+  }
+
   // What follows, to `restart`, is done by the thread that runs io_.
 
   void start() {
@@ -273,6 +304,10 @@ private:
     group_.emplace(std::move(*group));
     group_->async_wait([this](const VcpuEnds& ends) {
       note(ends);
+      if (signal_ == 0 && !findings_.failure() && guest_->is_to_be_saved()) {
+        if (auto saved = save(); !saved) findings_.fail("--save: " + saved.error());
+        return finish();
+      }
       if (signal_ != 0 || findings_.failure() || figures_.resets == options_.resets) return finish();
       restart();
     });
@@ -350,6 +385,53 @@ private:
     figures_.calls.other += counts.other;
   }
 
+  /// Every vCPU has ended.
+  std::expected<void, std::string> save() {
+    auto vcpus = group_->take_vcpus();
+    if (!vcpus) return std::unexpected(vcpus.error().message());
+    const auto msrs = kvm_->msr_indices();
+    if (!msrs) return std::unexpected(msrs.error().message());
+    SavedMachine machine;
+    machine.options = options_;
+    const bool has_hyperv = power_->hyperv.has_value();
+    machine.options.hypercalls = has_hyperv ? used_for(power_->hyperv->transport()) : Hypercalls::off;
+    const bool has_kvms_msrs = has_hyperv && power_->hyperv->transport() != HypercallTransport::user;
+    for (Vcpu& vcpu : *vcpus) {
+      auto saved = save_vcpu(vcpu, *msrs, kvm_->capabilities().nested_state_bytes != 0, has_kvms_msrs);
+      if (!saved) return std::unexpected(std::move(saved.error()));
+      machine.vcpus.push_back(std::move(*saved));
+    }
+    if (has_hyperv) {
+      auto state = power_->hyperv->state(vcpus->front());
+      if (!state) return std::unexpected(state.error().message());
+      machine.hyperv = std::move(*state);
+    }
+    if (auto board = save_board(*power_->vm, machine); !board) return board;
+    machine.devices = guest_->devices();
+    return write_machine(options_.save, machine, *memory_);
+  }
+
+  /// What the VM and its vCPUs were, put into those that were made.
+  Result<void> restore() {
+    const SavedMachine& machine = *saved_;
+    if (auto set = power_->vm->set_clock(machine.clock); !set) return failure(set.error().message());
+    const auto done = [&]() -> std::expected<void, std::string> {
+      for (std::size_t i = 0; i < power_->vcpus.size(); ++i)
+        if (auto put = restore_vcpu(power_->vcpus[i], machine.vcpus[i]); !put) return put;
+      if (power_->hyperv) {
+        auto put = power_->hyperv->restore(power_->vcpus.front(), machine.hyperv);
+        if (!put) return std::unexpected(put.error().message());
+      }
+      for (std::size_t i = 0; i < power_->vcpus.size(); ++i)
+        if (auto put = restore_hyperv_msrs(power_->vcpus[i], machine.vcpus[i]); !put) return put;
+      return restore_board(*power_->vm, machine);
+    }();
+    if (!done) return failure("--restore: " + done.error());
+    if (auto put = guest_->restore_devices(machine.devices); !put) return put;
+    saved_.reset();
+    return {};
+  }
+
   /// Off and on again, if the guest came to its end. Memory is as new but for what a guest starts with.
   Result<void> power_cycle() {
     if (auto ended = guest_->collect(*memory_->snapshot(), figures_); !ended) return ended;
@@ -359,13 +441,13 @@ private:
       memory_->disarm_write_watch(region.start());
     if (auto discarded = memory_->reset(); !discarded) return failure("reset: " + discarded.error().message());
     ++figures_.resets;
+    if (auto prepared = prepare_ram(options_, *memory_->snapshot()); !prepared)
+      return failure(std::move(prepared.error()));
     return power_on();
   }
 
-  /// From memory that is all zero to vCPUs that can be started.
-  Result<void> power_on() {
-    if (auto prepared = prepare_ram(options_, *memory_->snapshot()); !prepared)
-      return failure(std::move(prepared.error()));
+  /// What a guest starts with, in memory that is all zero.
+  Result<void> load() {
     for (const std::uint64_t page : spread_pages(guest_->ram(), options_.leftovers, guest_->lives_in())) {
       // Its last word, so that a look at a page's beginning would miss it.
       const GuestAddress at(page * page_size + page_size - sizeof page);
@@ -373,8 +455,13 @@ private:
       mark_as_loaded(page);
     }
     if (auto loaded = guest_->load(*memory_); !loaded) return loaded;
-    if (auto marked = mark_what_was_loaded(); !marked) return marked;
+    return mark_what_was_loaded();
+  }
 
+  /// To vCPUs that can be started.
+  Result<void> power_on() {
+    if (!saved_)
+      if (auto loaded = load(); !loaded) return loaded;
     power_ = std::make_unique<Powered>();
     auto vm = kvm_->create_vm();
     if (!vm) return failure("KVM makes no VM: " + vm.error().message());
@@ -390,7 +477,9 @@ private:
     if (auto added = guest_->add_devices(*power_->vm); !added) return added;
     if (auto known = know_writes(slots); !known) return known;
     if (auto made = make_hyperv(); !made) return made;
-    return make_vcpus();
+    if (auto made = make_vcpus(); !made) return made;
+    if (saved_) return restore();
+    return {};
   }
 
   /// What holds data from the start is marked as this program's: no log is kept yet, and evidence does not tell who
@@ -526,10 +615,19 @@ private:
     return HypervCpuid{.leaves = std::move(*full), .enforce = is_listed && kvm_->capabilities().hyperv_enforce_cpuid};
   }
 
+  /// Of a guest that was saved elsewhere; not all processors can have another one than their own.
+  static Result<void> set_tsc_frequency(Vcpu& vcpu, std::uint32_t khz) {
+    if (const auto own = vcpu.tsc_khz(); own && *own == khz) return {};
+    if (auto set = vcpu.set_tsc_khz(khz); !set) return failure("--restore: " + set.error().message());
+    return {};
+  }
+
   Result<void> make_vcpus() {
     for (std::uint32_t id = 0; id < options_.cpus; ++id) {
       auto vcpu = power_->vm->create_vcpu(id);
       if (!vcpu) return failure("vCPU " + std::to_string(id) + ": " + vcpu.error().message());
+      if (saved_)
+        if (auto set = set_tsc_frequency(*vcpu, saved_->vcpus[id].tsc_khz); !set) return set;
       auto leaves = guest_->cpuid(cpuid_, id);
       if (power_->hyperv) {
         auto shown = show_hyperv(*vcpu);
@@ -539,7 +637,8 @@ private:
       } else if (auto set = vcpu->set_cpuid(leaves); !set) {
         return failure(set.error().message());
       }
-      if (auto set = guest_->set_registers(*vcpu); !set) return set;
+      if (!saved_)
+        if (auto set = guest_->set_registers(*vcpu); !set) return set;
       power_->vcpus.push_back(std::move(*vcpu));
     }
     return {};
@@ -571,6 +670,7 @@ private:
   std::unique_ptr<GuestMemory> memory_;
   Findings findings_;
   std::unique_ptr<TraceFile> trace_;
+  std::optional<SavedMachine> saved_; ///< Until it is restored.
   std::stop_source stop_;
   RunFigures figures_; ///< Of all boots so far; what the vCPUs find out comes last.
   boost::asio::io_context io_;

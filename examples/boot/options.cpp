@@ -94,6 +94,10 @@ std::string check_memory(const std::string& text) {
 
 } // namespace
 
+bool is_memory_size(std::uint64_t bytes) {
+  return bytes % zeroing::page_bytes == 0 && bytes >= minimum_memory && bytes <= maximum_memory;
+}
+
 const char* to_string(MemoryBacking backing) { return word_for(backings, backing); }
 const char* to_string(Hypercalls hypercalls) { return word_for(transports, hypercalls); }
 const char* to_string(HugePageUse use) { return word_for(huge_page_uses, use); }
@@ -127,14 +131,14 @@ std::expected<Options, EarlyExit> parse_options(int argc, const char* const* arg
       "Boots a guest on KVM, and tells it which of its memory is zero already when it asks. The guest is one that "
       "wants its memory zeroed, or Linux with its console on this terminal, which runs until it resets the machine.",
       "cppvmm-boot");
-  app.add_option("--memory", memory, "Guest RAM, e.g. 64M or 1G; above 3G the rest starts at 4G")
-      ->capture_default_str()
-      ->type_name("SIZE")
-      ->check(CLI::Validator(check_memory, ""));
-  app.add_option("--cpus", options.cpus, "Virtual CPUs, 1 to " + std::to_string(zeroing::max_cpus))
-      ->capture_default_str()
-      ->type_name("N")
-      ->check(CLI::Range(std::size_t{1}, zeroing::max_cpus));
+  auto* const size = app.add_option("--memory", memory, "Guest RAM, e.g. 64M or 1G; above 3G the rest starts at 4G")
+                         ->capture_default_str()
+                         ->type_name("SIZE")
+                         ->check(CLI::Validator(check_memory, ""));
+  auto* const count = app.add_option("--cpus", options.cpus, "Virtual CPUs, 1 to " + std::to_string(zeroing::max_cpus))
+                          ->capture_default_str()
+                          ->type_name("N")
+                          ->check(CLI::Range(std::size_t{1}, zeroing::max_cpus));
   app.add_option(
          "--backing", backing,
          "What holds guest RAM: anonymous, memfd, shared-anonymous, hugetlb, hugetlb-memfd (2 MiB pages), private-file "
@@ -142,21 +146,24 @@ std::expected<Options, EarlyExit> parse_options(int argc, const char* const* arg
       ->capture_default_str()
       ->type_name("KIND")
       ->check(one_of(backings));
-  app.add_option(
-         "--hypercalls", hypercalls,
-         "Who takes Hyper-V hypercalls: kernel (KVM forwards them), split (KVM, but for extended ones, which trap "
-         "by port I/O), user (this program, by MSR filter and port I/O), auto (the first of these that KVM "
-         "can), off (no Hyper-V interface)")
-      ->capture_default_str()
-      ->type_name("WAY")
-      ->check(one_of(transports));
-  app.add_option("--enlightenments", enlightenments,
-                 "Which of Hyper-V's enlightenments the guest is shown beside the extended hypercalls: full (all that "
-                 "KVM has; with --hypercalls user, where it has none, minimal and time), minimal, or a list: " +
-                     joined(enlightenment_names()))
-      ->capture_default_str()
-      ->type_name("SET")
-      ->check(CLI::Validator(check_enlightenments, ""));
+  auto* const way =
+      app.add_option(
+             "--hypercalls", hypercalls,
+             "Who takes Hyper-V hypercalls: kernel (KVM forwards them), split (KVM, but for extended ones, which trap "
+             "by port I/O), user (this program, by MSR filter and port I/O), auto (the first of these that KVM "
+             "can), off (no Hyper-V interface)")
+          ->capture_default_str()
+          ->type_name("WAY")
+          ->check(one_of(transports));
+  auto* const shown =
+      app.add_option(
+             "--enlightenments", enlightenments,
+             "Which of Hyper-V's enlightenments the guest is shown beside the extended hypercalls: full (all that "
+             "KVM has; with --hypercalls user, where it has none, minimal and time), minimal, or a list: " +
+                 joined(enlightenment_names()))
+          ->capture_default_str()
+          ->type_name("SET")
+          ->check(CLI::Validator(check_enlightenments, ""));
   auto* const own_guest =
       app.add_option("--guest", guest, "The guest program: zeroing (zeroes all memory that it is not told to be zero)")
           ->capture_default_str()
@@ -191,22 +198,40 @@ std::expected<Options, EarlyExit> parse_options(int argc, const char* const* arg
       "--audit", options.audit,
       "Re-read all RAM by another way right after each answer, and count pages that it got wrong: the run fails "
       "if a reported page holds data (what another vCPU writes meanwhile counts as if it had been there)");
-  app.add_option("--leftovers", options.leftovers,
-                 "Put data into this many pages, spread over RAM, before the guest starts, as firmware leaves them")
-      ->capture_default_str()
-      ->type_name("PAGES");
-  app.add_option("--resets", options.resets,
-                 "Start the guest anew in the same memory, which is discarded first, at as many of its resets of the "
-                 "machine (the zeroing guest's are its ends); all that is done before the guest starts is done again. "
-                 "The next one ends the run")
-      ->capture_default_str()
-      ->type_name("N")
-      ->check(CLI::Range(0U, most_resets));
+  auto* const leftovers =
+      app.add_option("--leftovers", options.leftovers,
+                     "Put data into this many pages, spread over RAM, before the guest starts, as firmware leaves them")
+          ->capture_default_str()
+          ->type_name("PAGES");
+  auto* const resets =
+      app.add_option(
+             "--resets", options.resets,
+             "Start the guest anew in the same memory, which is discarded first, at as many of its resets of the "
+             "machine (the zeroing guest's are its ends); all that is done before the guest starts is done again. "
+             "The next one ends the run")
+          ->capture_default_str()
+          ->type_name("N")
+          ->check(CLI::Range(0U, most_resets));
   app.add_option("--json", options.json, "Write the figures as JSON to this file (- for standard output)")
       ->type_name("FILE");
   app.add_option("--map", options.map,
                  "Draw guest memory as the last answer found it: as SVG to this file, and on standard output")
       ->type_name("FILE");
+  auto* const save =
+      app.add_option("--save", options.save,
+                     "End the run when a Linux guest has said a text on its console, and write the machine to this "
+                     "file: memory, but for pages that are known to be zero, vCPUs, devices and what the guest has set "
+                     "up of Hyper-V")
+          ->type_name("FILE");
+  auto* const save_at = app.add_option("--save-at", options.save_at, "The text")->type_name("TEXT")->needs(save);
+  save->needs(save_at);
+  auto* const restore =
+      app.add_option("--restore", options.restore,
+                     "Go on with a machine that was saved on this host by this program, whose memory may be of another "
+                     "backing; not to be had from strangers, for KVM is given what it holds")
+          ->type_name("FILE");
+  for (CLI::Option* const other : {size, count, way, shown, leftovers, resets, own_guest, kernel})
+    restore->excludes(other);
   app.add_option(
          "--trace", options.trace,
          "Write what the guest is shown of Hyper-V, what it asks and what it is told to this file, as a line of "
@@ -228,6 +253,8 @@ std::expected<Options, EarlyExit> parse_options(int argc, const char* const* arg
   options.hypercalls = transports.at(hypercalls);
   options.enlightenments = enlightenments_of(enlightenments);
   options.huge_pages = huge_page_uses.at(huge_pages);
+  if (!options.save.empty() && options.kernel.empty() && options.restore.empty())
+    return std::unexpected(EarlyExit{2, "cppvmm-boot: --save: the zeroing guest says nothing (--kernel)\n"});
   const bool is_huge = options.backing == MemoryBacking::hugetlb || options.backing == MemoryBacking::hugetlb_memfd;
   if (is_huge && options.memory_bytes % (2 * mebi) != 0)
     return std::unexpected(EarlyExit{2, "cppvmm-boot: --memory: must be a multiple of 2 MiB for --backing hugetlb\n"});

@@ -43,6 +43,9 @@ struct Options {
   std::string append = "console=ttyS0 panic=-1"; ///< The kernel's command line.
   std::string json;                              ///< Where the JSON goes; empty: nowhere, "-": standard output.
   std::string map;                               ///< Where the picture of guest memory goes, as SVG; empty: nowhere.
+  std::string save;                              ///< Where the machine is saved; empty: it is not.
+  std::string save_at;                           ///< What the guest says on its console then.
+  std::string restore;                           ///< A machine that was saved, to go on with; empty: none.
   std::string trace;                             ///< Where the trace of Hyper-V's use goes; empty: nowhere.
   std::string kvm_device = "/dev/kvm";
 };
@@ -59,6 +62,9 @@ struct EarlyExit {
 };
 
 [[nodiscard]] std::expected<Options, EarlyExit> parse_options(int argc, const char* const* argv);
+
+/// Whether a guest can have so much memory.
+[[nodiscard]] bool is_memory_size(std::uint64_t bytes);
 
 /// "64M", "1GiB", "4096": bytes, with a binary suffix K, M, G or T ("B" or "iB" may follow); nothing if it is no size.
 [[nodiscard]] std::optional<std::uint64_t> parse_size(std::string_view text);

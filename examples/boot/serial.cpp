@@ -131,6 +131,39 @@ std::size_t Serial::receive(std::span<const char> bytes) {
   return taken.size();
 }
 
+// The registers' bytes, and then those that were received.
+std::vector<std::uint8_t> Serial::state() const {
+  const std::lock_guard lock(mutex_);
+  std::vector<std::uint8_t> state = {interrupt_enable_,
+                                     static_cast<std::uint8_t>(fifo_enabled_),
+                                     line_control_,
+                                     modem_control_,
+                                     scratch_,
+                                     static_cast<std::uint8_t>(divisor_),
+                                     static_cast<std::uint8_t>(divisor_ >> 8),
+                                     static_cast<std::uint8_t>(transmitter_emptied_),
+                                     static_cast<std::uint8_t>(line_active_)};
+  for (const char each : received_)
+    state.push_back(static_cast<std::uint8_t>(each));
+  return state;
+}
+
+bool Serial::restore(std::span<const std::uint8_t> state) {
+  constexpr std::size_t registers = 9;
+  if (state.size() < registers || state.size() > registers + queue_bytes) return false;
+  const std::lock_guard lock(mutex_);
+  interrupt_enable_ = state[0];
+  fifo_enabled_ = state[1] != 0;
+  line_control_ = state[2];
+  modem_control_ = state[3];
+  scratch_ = state[4];
+  divisor_ = static_cast<std::uint16_t>(state[5] | state[6] << 8);
+  transmitter_emptied_ = state[7] != 0;
+  line_active_ = state[8] != 0;
+  received_.assign(state.begin() + registers, state.end());
+  return true;
+}
+
 std::size_t Serial::room() const {
   const std::lock_guard lock(mutex_);
   return queue_bytes - received_.size();

@@ -8,6 +8,7 @@
 #include <mutex>
 #include <span>
 #include <utility>
+#include <vector>
 
 namespace cppvmm::boot {
 
@@ -33,6 +34,11 @@ public:
   /// Bytes for the guest; takes as many as there is room for and says how many.
   std::size_t receive(std::span<const char> bytes);
   [[nodiscard]] std::size_t room() const;
+
+  /// The registers and what waits for the guest, for another one to go on from; its interrupt line is as it was.
+  [[nodiscard]] std::vector<std::uint8_t> state() const;
+  /// False, and nothing is changed, for bytes that are no state.
+  [[nodiscard]] bool restore(std::span<const std::uint8_t> state);
 
 private:
   [[nodiscard]] std::uint8_t interrupt_cause() const;

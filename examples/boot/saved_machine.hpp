@@ -1,0 +1,74 @@
+// A machine that was stopped, and its file. Include it after all other headers: it imports modules.
+#pragma once
+
+#include "options.hpp"
+
+#include <array>
+#include <cstdint>
+#include <expected>
+#include <functional>
+#include <span>
+#include <string>
+#include <vector>
+
+import cppvmm.guest_memory;
+import cppvmm.hv_ext;
+import cppvmm.vcpu;
+
+namespace cppvmm::boot {
+
+/// A vCPU: all that KVM keeps of it.
+struct SavedVcpu {
+  std::uint32_t tsc_khz = 0;
+  MpState mp_state{};
+  Registers registers;
+  SpecialRegisters special_registers;
+  ExtendedControlRegisters control_registers;
+  Xsave xsave;
+  NestedState nested; ///< None where KVM's guests have no guests.
+  LocalApic apic;
+  VcpuEvents events;
+  DebugRegisters debug_registers;
+  std::vector<MsrEntry> msrs;
+  std::vector<MsrEntry> synthetic_msrs; ///< Hyper-V's that are KVM's; put back last.
+};
+
+/// Devices of cppvmm-boot's own (serial.hpp).
+struct SavedDevices {
+  std::vector<std::uint8_t> serial;
+  std::uint8_t clock_index = 0;
+};
+
+/// The machine but for its memory.
+struct SavedMachine {
+  Options options; ///< Those that a machine has to have again: memory_bytes, cpus, hypercalls, enlightenments.
+  std::vector<SavedVcpu> vcpus;
+  std::array<InterruptController, 3> chips;
+  IntervalTimer timer;
+  VmClock clock;
+  HvState hyperv;
+  SavedDevices devices;
+};
+
+/// Takes a vCPU's state. `msrs`: Kvm::msr_indices. Its last exit was handled; it is finished here. An error is one
+/// line.
+[[nodiscard]] std::expected<SavedVcpu, std::string> save_vcpu(Vcpu& vcpu, std::span<const std::uint32_t> msrs,
+                                                              bool has_nested_state, bool has_synthetic_msrs);
+/// Puts it back into a vCPU that was prepared, and has not run; `restore_hyperv_msrs` comes after Hyperv::restore.
+[[nodiscard]] std::expected<void, std::string> restore_vcpu(Vcpu& vcpu, const SavedVcpu& saved);
+[[nodiscard]] std::expected<void, std::string> restore_hyperv_msrs(Vcpu& vcpu, const SavedVcpu& saved);
+
+/// Takes what the VM has once, and puts it back: the clock before its vCPUs, the board after them.
+[[nodiscard]] std::expected<void, std::string> save_board(const Vm& vm, SavedMachine& machine);
+[[nodiscard]] std::expected<void, std::string> restore_board(Vm& vm, const SavedMachine& machine);
+
+/// Writes the machine and the pages that are not known to be zero, which a survey tells. No vCPU runs.
+[[nodiscard]] std::expected<void, std::string> write_machine(const std::string& path, const SavedMachine& machine,
+                                                             const GuestMemory& memory);
+/// Reads it back, whatever the file holds. `make_memory` is called once the options are known; the pages go to what it
+/// gives, which is all zero.
+[[nodiscard]] std::expected<SavedMachine, std::string>
+read_machine(const std::string& path,
+             const std::function<std::expected<const GuestMemory*, std::string>(const Options&)>& make_memory);
+
+} // namespace cppvmm::boot
