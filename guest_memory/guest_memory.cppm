@@ -80,8 +80,9 @@ public:
   /// that is watched already or registered with another userfaultfd; unavailable for files, memory of unknown nature,
   /// and on kernels without it; wrong_nature; os.
   [[nodiscard]] MemoryResult<void> arm_write_watch(GuestAddress start, const WriteWatchOptions& options = {});
-  /// Whether there was one. The memory may be watched anew then, or be registered with a userfaultfd of the embedder's:
-  /// surveys in progress go on without the watch. Waits for one that reads it.
+  /// Whether there was one. The memory may be watched anew then: surveys in progress go on without the watch, and this
+  /// waits for one that reads it. (A userfaultfd of the embedder's may find the memory registered for a moment, as any
+  /// survey may do with huge pages and with what it looks at the content of.)
   bool disarm_write_watch(GuestAddress start);
 
   /// Keeps a log of the guest's writes beside a record of what the accessors write (of this object, and of the maps

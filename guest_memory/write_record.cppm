@@ -34,7 +34,7 @@ public:
   /// Pages that may hold data since before the watch: set once, before anyone asks for `may_hold_data`.
   void set_baseline(ExtentList data) { baseline_ = std::move(data); }
   /// Ends it now, whoever has it still: the memory may be watched anew. Waits for a call of `may_hold_data` or
-  /// `forget`.
+  /// `forget`, and for the survey whose turn it is to register memory.
   void end();
   /// The baseline, and every page that was not seen to be unwritten since. unavailable when it was ended.
   [[nodiscard]] MemoryResult<std::vector<ExtentList>> may_hold_data() const;

@@ -86,6 +86,8 @@ MemoryResult<std::unique_ptr<WriteWatch>> WriteWatch::arm(const Region& region, 
 void WriteWatch::end() {
   // In a forked child, the descriptor is of the parent's memory, and the lock may be held by a thread of the parent's.
   if (memory_ != 0 && memory_id() != memory_) return;
+  // A survey of shared huge pages may look them up under this registration.
+  const auto turn = userfault_turn();
   const std::lock_guard lock(ending_);
   // Closing alone ends nothing while a forked child has the descriptor too, and leaves pages protected before Linux
   // 6.10. Where it fails, closing is what is left. And memory that is another's to watch or to fill must stay so:

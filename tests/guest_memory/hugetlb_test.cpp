@@ -497,12 +497,16 @@ TEST_F(SurveyedHugePages, AreWatchedAndSurveyedByManyAtOnce) {
     GuestMemory memory(*MemoryMap::make({region}));
     store(region, 3);
     std::atomic<int> unsound = 0;
+    std::atomic<int> unknown = 0;
     {
       std::vector<std::jthread> threads;
       for (int thread = 0; thread < 2; ++thread)
         threads.emplace_back([&] {
-          for (int i = 0; i < 100; ++i)
-            if (memory.survey().zeroed.contains(PageNumber(3 * pages_of_huge))) ++unsound;
+          for (int i = 0; i < 100; ++i) {
+            const Survey survey = memory.survey();
+            if (survey.zeroed.contains(PageNumber(3 * pages_of_huge))) ++unsound;
+            if (survey.regions[0].evidence == Evidence::none) ++unknown;
+          }
         });
       for (int i = 0; i < 100; ++i) {
         const auto armed = memory.arm_write_watch(
@@ -512,6 +516,7 @@ TEST_F(SurveyedHugePages, AreWatchedAndSurveyedByManyAtOnce) {
       }
     }
     EXPECT_EQ(unsound.load(), 0);
+    EXPECT_EQ(unknown.load(), 0);
   }
 }
 
