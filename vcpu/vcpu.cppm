@@ -69,9 +69,11 @@ public:
   [[nodiscard]] KvmResult<void> set_msrs(std::span<const MsrEntry> entries);
 
   /// What KVM keeps of a vCPU beside its registers and MSRs, for snapshots and migration; none runs meanwhile, and the
-  /// last exit was finished (by run() with a stop requested, which returns before the guest executes anything). To be
-  /// put back in this order: set_tsc_khz, CPUID, set_special_registers, set_extended_control_registers, set_xsave,
-  /// set_registers, set_local_apic, set_msrs, set_nested_state, set_debug_registers, set_mp_state, set_events.
+  /// last exit was finished: by run() with a stop requested, as often as it takes to be Interrupted, for what is left
+  /// of an access that KVM makes in pieces comes out first; the guest executes nothing more. To be put back in this
+  /// order (that of Linux's own tests, tools/testing/selftests/kvm/lib/x86/processor.c, vcpu_load_state): set_tsc_khz,
+  /// CPUID, set_special_registers, set_extended_control_registers, set_xsave, set_registers, set_local_apic, set_msrs,
+  /// set_debug_registers, set_mp_state, set_events, set_nested_state.
   [[nodiscard]] KvmResult<VcpuEvents> events() const;
   [[nodiscard]] KvmResult<void> set_events(const VcpuEvents& events);
   [[nodiscard]] KvmResult<DebugRegisters> debug_registers() const;
