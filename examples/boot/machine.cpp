@@ -195,6 +195,9 @@ Result<void> check_address_bits(std::span<const CpuidEntry> cpuid, const std::ve
   return failure("--memory is too much: guests here have " + std::to_string(bits) + " physical address bits");
 }
 
+/// Whether what KVM holds of a vCPU's MSRs is to be traced.
+enum class MsrTrace : std::uint8_t { none, due, done };
+
 /// What a power cycle replaces: all but the memory. A new VM, and not the old one set back: of what KVM keeps of a VM
 /// (interrupt controllers, timers, MSRs, events and exits that are pending) some has no call that sets it back, and all
 /// of it would have to be known here, on every kernel.
@@ -203,8 +206,8 @@ struct Powered {
   std::optional<DirtyLog> dirty_log;
   std::once_flag preparations_ended;
   std::optional<Hyperv> hyperv;
-  std::vector<Vcpu> vcpus; ///< Until they are started.
-  std::array<std::atomic<bool>, zeroing::max_cpus> msrs_traced{};
+  std::vector<Vcpu> vcpus;                                           ///< While they do not run.
+  std::array<std::atomic<MsrTrace>, zeroing::max_cpus> msr_traces{}; ///< By vCPU.
 };
 
 class Machine {
@@ -281,6 +284,7 @@ private:
           options_.cpus = of_file.cpus;
           options_.hypercalls = of_file.hypercalls;
           options_.enlightenments = of_file.enlightenments;
+          options_.kernel = of_file.kernel;
           guest_ = make_restored_guest(options_);
           if (auto made = make_memory(); !made) return std::unexpected(std::move(made.error().text));
           return memory_.get();
@@ -304,10 +308,13 @@ private:
     group_.emplace(std::move(*group));
     group_->async_wait([this](const VcpuEnds& ends) {
       note(ends);
+      if (auto taken = take_vcpus(); !taken) findings_.fail(std::move(taken.error()));
       if (signal_ == 0 && !findings_.failure() && guest_->is_to_be_saved()) {
         if (auto saved = save(); !saved) findings_.fail("--save: " + saved.error());
         return finish();
       }
+      if (!options_.save.empty() && figures_.resets == options_.resets)
+        findings_.fail("--save: the guest has not said \"" + options_.save_at + "\"");
       if (signal_ != 0 || findings_.failure() || figures_.resets == options_.resets) return finish();
       restart();
     });
@@ -386,9 +393,17 @@ private:
   }
 
   /// Every vCPU has ended.
-  std::expected<void, std::string> save() {
+  std::expected<void, std::string> take_vcpus() {
     auto vcpus = group_->take_vcpus();
     if (!vcpus) return std::unexpected(vcpus.error().message());
+    power_->vcpus = std::move(*vcpus);
+    if (!trace_ || !power_->hyperv) return {};
+    for (const Vcpu& vcpu : power_->vcpus)
+      if (auto held = power_->hyperv->trace_held_msrs(vcpu); !held) return std::unexpected(held.error().message());
+    return {};
+  }
+
+  std::expected<void, std::string> save() {
     const auto msrs = kvm_->msr_indices();
     if (!msrs) return std::unexpected(msrs.error().message());
     SavedMachine machine;
@@ -396,17 +411,25 @@ private:
     const bool has_hyperv = power_->hyperv.has_value();
     machine.options.hypercalls = has_hyperv ? used_for(power_->hyperv->transport()) : Hypercalls::off;
     const bool has_kvms_msrs = has_hyperv && power_->hyperv->transport() != HypercallTransport::user;
-    for (Vcpu& vcpu : *vcpus) {
+    for (Vcpu& vcpu : power_->vcpus) {
+      const auto handle = [&](const Exit& exit) { return on_exit(vcpu, exit) == VcpuAction::resume; };
+      if (auto finished = finish_exit(vcpu, handle); !finished) return finished;
+    }
+    // Before the vCPUs' TSCs, behind which the time that goes by one must be.
+    if (has_hyperv) {
+      const auto state = power_->hyperv->state(power_->vcpus.front());
+      if (!state) return std::unexpected(state.error().message());
+      machine.hyperv = *state;
+    }
+    if (auto board = save_board(*power_->vm, machine); !board) return board;
+    for (Vcpu& vcpu : power_->vcpus) {
       auto saved = save_vcpu(vcpu, *msrs, kvm_->capabilities().nested_state_bytes != 0, has_kvms_msrs);
       if (!saved) return std::unexpected(std::move(saved.error()));
       machine.vcpus.push_back(std::move(*saved));
     }
-    if (has_hyperv) {
-      auto state = power_->hyperv->state(vcpus->front());
-      if (!state) return std::unexpected(state.error().message());
-      machine.hyperv = std::move(*state);
-    }
-    if (auto board = save_board(*power_->vm, machine); !board) return board;
+    const auto clock = power_->vm->clock();
+    if (!clock) return std::unexpected(clock.error().message());
+    machine.clock = *clock;
     machine.devices = guest_->devices();
     return write_machine(options_.save, machine, *memory_);
   }
@@ -555,9 +578,10 @@ private:
     return action ? *action : fail(action.error());
   }
 
-  /// At the vCPU's first call of a boot, for it has set them up by then.
+  /// At the vCPU's first call of a boot that has a result: it has set them up by then, and may take them back later.
   std::expected<void, std::string> trace_held_msrs(const Vcpu& vcpu) {
-    if (power_->msrs_traced[vcpu.id()].exchange(true)) return {};
+    auto due = MsrTrace::due;
+    if (!power_->msr_traces[vcpu.id()].compare_exchange_strong(due, MsrTrace::done)) return {};
     if (auto held = power_->hyperv->trace_held_msrs(vcpu); !held) return std::unexpected(held.error().message());
     return {};
   }
@@ -571,7 +595,13 @@ private:
       on_answer(answer, figures_.resets + 1, options_, *memory_->snapshot(), findings_, stop_.get_token());
       end_preparations();
     };
-    if (trace_) hv.trace = [this](const HvTraceEvent& event) { trace_->add(event); };
+    if (trace_)
+      hv.trace = [this](const HvTraceEvent& event) {
+        trace_->add(event);
+        auto none = MsrTrace::none;
+        if (const auto* const call = std::get_if<HvCallEnded>(&event); call != nullptr && call->result)
+          power_->msr_traces[call->call.vp_index].compare_exchange_strong(none, MsrTrace::due);
+      };
     if (options_.content_check)
       hv.survey.content_check =
           ContentCheckOptions{.executor = [this](auto task) { boost::asio::post(helpers_, std::move(task)); }};

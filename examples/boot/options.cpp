@@ -223,7 +223,12 @@ std::expected<Options, EarlyExit> parse_options(int argc, const char* const* arg
                      "file: memory, but for pages that are known to be zero, vCPUs, devices and what the guest has set "
                      "up of Hyper-V")
           ->type_name("FILE");
-  auto* const save_at = app.add_option("--save-at", options.save_at, "The text")->type_name("TEXT")->needs(save);
+  auto* const save_at =
+      app.add_option("--save-at", options.save_at, "The text")
+          ->type_name("TEXT")
+          ->needs(save)
+          ->check(
+              CLI::Validator([](const std::string& text) { return std::string(text.empty() ? "is empty" : ""); }, ""));
   save->needs(save_at);
   auto* const restore =
       app.add_option("--restore", options.restore,
@@ -235,8 +240,10 @@ std::expected<Options, EarlyExit> parse_options(int argc, const char* const* arg
   app.add_option(
          "--trace", options.trace,
          "Write what the guest is shown of Hyper-V, what it asks and what it is told to this file, as a line of "
-         "JSON each: CPUID leaves, MSRs, hypercalls, ranges, nothing of guest memory. Of what KVM answers by "
-         "itself there is what it holds at a vCPU's first call. At most 64 MiB; ./dev trace prints it")
+         "JSON each: the hypervisor's CPUID leaves, MSRs, hypercalls, ranges, nothing of guest memory. Of what KVM "
+         "answers by "
+         "itself there is what it holds at a vCPU's first extended hypercall, and in the end. At most 64 MiB; ./dev "
+         "trace prints it")
       ->type_name("FILE");
   app.add_option("--kvm-device", options.kvm_device, "KVM's device")->capture_default_str()->type_name("FILE");
 

@@ -232,14 +232,17 @@ def main():
     # Of `| head`.
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     path = sys.argv[1] if len(sys.argv) > 1 else "-"
-    file = sys.stdin if path == "-" else open(path, encoding="utf-8")
-    with file:
-        for count, line in enumerate(file, 1):
-            try:
+    count = 0
+    try:
+        with sys.stdin if path == "-" else open(path, encoding="utf-8") as file:
+            for count, line in enumerate(file, 1):
                 print(printed(line))
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                print(f"read_trace: line {count}: {error!r}", file=sys.stderr)
-                return 1
+    except OSError as error:
+        print(f"read_trace: {error}", file=sys.stderr)
+        return 1
+    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
+        print(f"read_trace: line {count}: {error!r}", file=sys.stderr)
+        return 1
     return 0
 
 

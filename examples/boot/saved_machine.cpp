@@ -1,22 +1,25 @@
 #include <algorithm>
 #include <array>
-#include <bit>
 #include <cerrno>
+#include <charconv>
 #include <cstddef>
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
 #include <exception>
 #include <expected>
+#include <fcntl.h>
 #include <functional>
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <optional>
 #include <span>
+#include <stdexcept>
 #include <string>
 #include <string_view>
 #include <system_error>
 #include <type_traits>
+#include <unistd.h>
 #include <utility>
 #include <variant>
 #include <vector>
@@ -31,7 +34,7 @@ using Text = std::unexpected<std::string>;
 
 // Values as this program has them in memory: a file is for the same program and processor.
 constexpr std::string_view signature = "cppvmm-boot machine, form 1\n";
-constexpr std::uint64_t most_description = 64U << 20;
+constexpr std::uint64_t most_description = 32U << 20;
 constexpr std::size_t chunk = std::size_t{1} << 20;
 constexpr std::uint32_t hyperv_msrs = 0x4000'0000;
 constexpr std::uint32_t hyperv_msrs_end = 0x4000'0200;
@@ -41,27 +44,54 @@ Text failed(const char* what, const Error& error) {
   return Text(std::string(what) + ": " + error.message());
 }
 
+std::string hex(std::span<const std::byte> bytes) {
+  constexpr std::string_view digits = "0123456789abcdef";
+  std::string text;
+  text.reserve(2 * bytes.size());
+  for (const std::byte byte : bytes) {
+    text += digits[std::to_integer<std::size_t>(byte >> 4)];
+    text += digits[std::to_integer<std::size_t>(byte & std::byte{0xF})];
+  }
+  return text;
+}
+
+/// Throws for what is no such text.
+std::vector<std::byte> unhex(const Json& json) {
+  const auto& text = json.get_ref<const std::string&>();
+  if (text.size() % 2 != 0) throw std::runtime_error("half a byte");
+  std::vector<std::byte> bytes(text.size() / 2);
+  for (std::size_t i = 0; i < bytes.size(); ++i) {
+    std::uint8_t value = 0;
+    const char* const at = text.data() + 2 * i;
+    if (const auto read = std::from_chars(at, at + 2, value, 16); read.ec != std::errc() || read.ptr != at + 2)
+      throw std::runtime_error("bytes that are none");
+    bytes[i] = std::byte{value};
+  }
+  return bytes;
+}
+
+std::uint64_t number(const Json& json) {
+  if (!json.is_number_unsigned()) throw std::runtime_error("something else than a number");
+  return json.get<std::uint64_t>();
+}
+
 template <class T>
 Json blob(const T& value) {
   static_assert(std::is_trivially_copyable_v<T>);
-  std::vector<std::uint8_t> bytes(sizeof value);
-  std::memcpy(bytes.data(), &value, sizeof value);
-  return Json::binary(std::move(bytes));
+  return hex(std::as_bytes(std::span(&value, 1)));
 }
 
 template <class T>
 Json blob(const std::vector<T>& values) {
   static_assert(std::is_trivially_copyable_v<T>);
-  std::vector<std::uint8_t> bytes(values.size() * sizeof(T));
-  if (!bytes.empty()) std::memcpy(bytes.data(), values.data(), bytes.size());
-  return Json::binary(std::move(bytes));
+  return hex(std::as_bytes(std::span(values)));
 }
 
 /// Throws where the bytes are none or not as many.
 template <class T>
 void unblob(const Json& json, T& value) {
   static_assert(std::is_trivially_copyable_v<T>);
-  const auto& bytes = json.get_binary();
+  const auto bytes = unhex(json);
   if (bytes.size() != sizeof value) throw std::runtime_error("a value of another size");
   std::memcpy(&value, bytes.data(), sizeof value);
 }
@@ -69,7 +99,7 @@ void unblob(const Json& json, T& value) {
 template <class T>
 void unblob(const Json& json, std::vector<T>& values) {
   static_assert(std::is_trivially_copyable_v<T>);
-  const auto& bytes = json.get_binary();
+  const auto bytes = unhex(json);
   if (bytes.size() % sizeof(T) != 0) throw std::runtime_error("values of another size");
   values.resize(bytes.size() / sizeof(T));
   if (!bytes.empty()) std::memcpy(values.data(), bytes.data(), bytes.size());
@@ -110,16 +140,14 @@ Json describe(const SavedMachine& machine, const std::vector<PageRange>& pages) 
     for_each_member(vcpu, [&](const char* name, const auto& member) { members[name] = blob(member); });
     vcpus.push_back(std::move(members));
   }
-  Json json{{"memory_bytes", machine.options.memory_bytes},
+  Json json{{"kernel", machine.options.kernel},
+            {"memory_bytes", machine.options.memory_bytes},
             {"hypercalls", to_string(machine.options.hypercalls)},
             {"enlightenments", static_cast<unsigned>(machine.options.enlightenments.set)},
             {"listed", machine.options.enlightenments.names},
             {"vcpus", std::move(vcpus)}};
   for_each_member_of_board(machine, [&](const char* name, const auto& member) { json[name] = blob(member); });
-  std::vector<std::uint8_t> hyperv;
-  for (const std::byte byte : to_bytes(machine.hyperv))
-    hyperv.push_back(std::to_integer<std::uint8_t>(byte));
-  json["hyperv"] = Json::binary(std::move(hyperv));
+  json["hyperv"] = hex(to_bytes(machine.hyperv));
   Json ranges = Json::array();
   for (const PageRange& range : pages)
     ranges.push_back(Json::array({range.first().value(), range.count()}));
@@ -130,7 +158,8 @@ Json describe(const SavedMachine& machine, const std::vector<PageRange>& pages) 
 /// Throws where something is missing or of another type.
 SavedMachine machine_of(const Json& json) {
   SavedMachine machine;
-  machine.options.memory_bytes = json.at("memory_bytes").get<std::uint64_t>();
+  machine.options.kernel = json.at("kernel").get<std::string>();
+  machine.options.memory_bytes = number(json.at("memory_bytes"));
   const auto& vcpus = json.at("vcpus").get_ref<const Json::array_t&>();
   machine.options.cpus = static_cast<std::uint32_t>(vcpus.size());
   const auto word = json.at("hypercalls").get<std::string>();
@@ -138,18 +167,17 @@ SavedMachine machine_of(const Json& json) {
       std::ranges::find_if(transports, [&](Hypercalls each) { return word == to_string(each); });
   if (transport == transports.end()) throw std::runtime_error("hypercalls of no known kind");
   machine.options.hypercalls = *transport;
-  const auto set = json.at("enlightenments").get<unsigned>();
-  if (set > static_cast<unsigned>(EnlightenmentSet::listed)) throw std::runtime_error("no known enlightenments");
+  const auto set = number(json.at("enlightenments"));
+  if (set > static_cast<std::uint64_t>(EnlightenmentSet::listed)) throw std::runtime_error("no known enlightenments");
   machine.options.enlightenments.set = static_cast<EnlightenmentSet>(set);
   machine.options.enlightenments.names = json.at("listed").get<std::vector<std::string>>();
   for (const Json& members : vcpus)
     for_each_member(machine.vcpus.emplace_back(),
                     [&](const char* name, auto& member) { unblob(members.at(name), member); });
   for_each_member_of_board(machine, [&](const char* name, auto& member) { unblob(json.at(name), member); });
-  const auto& hyperv = json.at("hyperv").get_binary();
-  auto state = hv_state_from_bytes(std::as_bytes(std::span(hyperv)));
+  const auto state = hv_state_from_bytes(unhex(json.at("hyperv")));
   if (!state) throw std::runtime_error(state.error().message());
-  machine.hyperv = std::move(*state);
+  machine.hyperv = *state;
   return machine;
 }
 
@@ -172,14 +200,24 @@ bool for_each_piece(const PageRange& range, const Step& step) {
 
 } // namespace
 
+std::expected<void, std::string> finish_exit(Vcpu& vcpu, const std::function<bool(const Exit&)>& handle) {
+  // KVM makes an access in pieces of 8 bytes, and a string instruction's within a page.
+  constexpr int most_pieces = 5000;
+  vcpu.stop_handle().request_stop();
+  for (int i = 0; i < most_pieces; ++i) {
+    const auto exit = vcpu.run();
+    if (!exit) return failed("finish a vCPU's last exit", exit.error());
+    if (const auto* const interrupted = std::get_if<Interrupted>(&*exit)) {
+      if (interrupted->stop_requested) return {};
+    } else if (!handle(*exit)) {
+      break;
+    }
+  }
+  return Text("a vCPU's last exit comes to no end");
+}
+
 std::expected<SavedVcpu, std::string> save_vcpu(Vcpu& vcpu, std::span<const std::uint32_t> msrs, bool has_nested_state,
                                                 bool has_synthetic_msrs) {
-  // What the last exit left open is finished before the guest would execute anything.
-  vcpu.stop_handle().request_stop();
-  if (const auto exit = vcpu.run(); !exit)
-    return failed("finish a vCPU's last exit", exit.error());
-  else if (!std::holds_alternative<Interrupted>(*exit))
-    return Text("a vCPU that was to stop stopped for something else");
   SavedVcpu saved;
   std::optional<std::string> why;
   const auto take = [&](const char* what, auto value, auto& into) {
@@ -232,10 +270,10 @@ std::expected<void, std::string> restore_vcpu(Vcpu& vcpu, const SavedVcpu& saved
     if (const auto now = vcpu.msr(entry.index); !now || *now != entry.value)
       return Text("restore MSR " + std::to_string(entry.index) + ": KVM refuses");
   }
-  if (!saved.nested.bytes.empty()) put("nested state", [&] { return vcpu.set_nested_state(saved.nested); });
   put("debug registers", [&] { return vcpu.set_debug_registers(saved.debug_registers); });
   put("the run state", [&] { return vcpu.set_mp_state(saved.mp_state); });
   put("events", [&] { return vcpu.set_events(saved.events); });
+  if (!saved.nested.bytes.empty()) put("nested state", [&] { return vcpu.set_nested_state(saved.nested); });
   if (why) return Text(std::move(*why));
   return {};
 }
@@ -256,9 +294,6 @@ std::expected<void, std::string> save_board(const Vm& vm, SavedMachine& machine)
   const auto timer = vm.interval_timer();
   if (!timer) return failed("save the interval timer", timer.error());
   machine.timer = *timer;
-  const auto clock = vm.clock();
-  if (!clock) return failed("save the clock", clock.error());
-  machine.clock = *clock;
   return {};
 }
 
@@ -274,9 +309,12 @@ std::expected<void, std::string> restore_board(Vm& vm, const SavedMachine& machi
 std::expected<void, std::string> write_machine(const std::string& path, const SavedMachine& machine,
                                                const GuestMemory& memory) {
   const std::vector<PageRange> pages = memory.survey().touched.ranges();
-  const auto description = Json::to_cbor(describe(machine, pages));
-  const File file(std::fopen(path.c_str(), "wbe"));
-  if (!file) return Text(os_text("cannot write " + path));
+  const std::string description = describe(machine, pages).dump();
+  // An earlier one stays until this one is whole. All that the guest has in memory is nobody else's to read.
+  const std::string made = path + ".new";
+  const int descriptor = open(made.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0600);
+  const File file(descriptor < 0 ? nullptr : fdopen(descriptor, "wb"));
+  if (!file) return Text(os_text("cannot write " + made));
   const auto put = [&](const void* bytes, std::size_t count) {
     return std::fwrite(bytes, 1, count, file.get()) == count;
   };
@@ -293,9 +331,11 @@ std::expected<void, std::string> write_machine(const std::string& path, const Sa
                    }
                    return put(piece.data(), bytes);
                  });
-  if (why) return Text("save guest memory: " + *why);
-  if (!is_written || std::fflush(file.get()) != 0) return Text(os_text("cannot write " + path));
-  return {};
+  if (!why && (!is_written || std::fflush(file.get()) != 0)) why = os_text("cannot write " + made);
+  if (!why && std::rename(made.c_str(), path.c_str()) != 0) why = os_text("cannot write " + path);
+  if (!why) return {};
+  unlink(made.c_str());
+  return Text(std::move(*why));
 }
 
 std::expected<SavedMachine, std::string>
@@ -303,7 +343,7 @@ read_machine(const std::string& path,
              const std::function<std::expected<const GuestMemory*, std::string>(const Options&)>& make_memory) {
   const File file(std::fopen(path.c_str(), "rbe"));
   if (!file) return Text(os_text("cannot open " + path));
-  const Text ended("" + path + " ends too soon");
+  const Text ended(path + " ends too soon");
   const auto get = [&](void* bytes, std::size_t count) { return std::fread(bytes, 1, count, file.get()) == count; };
   std::array<char, signature.size()> first{};
   std::uint64_t size = 0;
@@ -311,15 +351,15 @@ read_machine(const std::string& path,
     return Text(path + " is no machine that --save has written");
   if (!get(&size, sizeof size)) return ended;
   if (size > most_description) return Text(path + " is damaged");
-  std::vector<std::uint8_t> description(size);
+  std::string description(size, '\0');
   if (!get(description.data(), description.size())) return ended;
   SavedMachine machine;
   std::vector<PageRange> pages;
   try {
-    const Json json = Json::from_cbor(description);
+    const Json json = Json::parse(description);
     machine = machine_of(json);
     for (const Json& range : json.at("pages")) {
-      const auto made = PageRange::make(PageNumber(range.at(0).get<std::uint64_t>()), range.at(1).get<std::uint64_t>());
+      const auto made = PageRange::make(PageNumber(number(range.at(0))), number(range.at(1)));
       if (!made) throw std::runtime_error("pages beyond all memory");
       pages.push_back(*made);
     }

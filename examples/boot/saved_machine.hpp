@@ -41,7 +41,8 @@ struct SavedDevices {
 
 /// The machine but for its memory.
 struct SavedMachine {
-  Options options; ///< Those that a machine has to have again: memory_bytes, cpus, hypercalls, enlightenments.
+  /// Those that a machine has to have again (memory_bytes, cpus, hypercalls and enlightenments), and the kernel's name.
+  Options options;
   std::vector<SavedVcpu> vcpus;
   std::array<InterruptController, 3> chips;
   IntervalTimer timer;
@@ -50,23 +51,28 @@ struct SavedMachine {
   SavedDevices devices;
 };
 
-/// Takes a vCPU's state. `msrs`: Kvm::msr_indices. Its last exit was handled; it is finished here. An error is one
-/// line.
+/// Finishes a vCPU's last exit, which was handled; what is left of an access that comes in pieces goes to `handle`. An
+/// error is one line.
+[[nodiscard]] std::expected<void, std::string> finish_exit(Vcpu& vcpu, const std::function<bool(const Exit&)>& handle);
+
+/// Takes a vCPU's state. `msrs`: Kvm::msr_indices.
 [[nodiscard]] std::expected<SavedVcpu, std::string> save_vcpu(Vcpu& vcpu, std::span<const std::uint32_t> msrs,
                                                               bool has_nested_state, bool has_synthetic_msrs);
 /// Puts it back into a vCPU that was prepared, and has not run; `restore_hyperv_msrs` comes after Hyperv::restore.
 [[nodiscard]] std::expected<void, std::string> restore_vcpu(Vcpu& vcpu, const SavedVcpu& saved);
 [[nodiscard]] std::expected<void, std::string> restore_hyperv_msrs(Vcpu& vcpu, const SavedVcpu& saved);
 
-/// Takes what the VM has once, and puts it back: the clock before its vCPUs, the board after them.
+/// Takes what the VM has once, but for the clock: before its vCPUs' state is taken, so that an interrupt that comes in
+/// between is delivered twice, and not lost. Puts it back, after theirs.
 [[nodiscard]] std::expected<void, std::string> save_board(const Vm& vm, SavedMachine& machine);
 [[nodiscard]] std::expected<void, std::string> restore_board(Vm& vm, const SavedMachine& machine);
 
 /// Writes the machine and the pages that are not known to be zero, which a survey tells. No vCPU runs.
 [[nodiscard]] std::expected<void, std::string> write_machine(const std::string& path, const SavedMachine& machine,
                                                              const GuestMemory& memory);
-/// Reads it back, whatever the file holds. `make_memory` is called once the options are known; the pages go to what it
-/// gives, which is all zero.
+/// Reads it back. What is no such file, or ends too soon, is an error; what a whole one says of vCPUs and devices goes
+/// to KVM as it is. `make_memory` is called once the options are known; the pages go to what it gives, which is all
+/// zero.
 [[nodiscard]] std::expected<SavedMachine, std::string>
 read_machine(const std::string& path,
              const std::function<std::expected<const GuestMemory*, std::string>(const Options&)>& make_memory);

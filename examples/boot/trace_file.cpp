@@ -75,6 +75,13 @@ Json describe(const HvCallEnded& ended) {
 
 } // namespace
 
+bool TraceFile::leaves_out() {
+  if (!is_full_) return false;
+  const std::lock_guard lock(mutex_);
+  ++left_out_;
+  return true;
+}
+
 template <class Object>
 void TraceFile::write(Object object) {
   const std::chrono::duration<double, std::micro> at = std::chrono::steady_clock::now() - begin_;
@@ -82,7 +89,8 @@ void TraceFile::write(Object object) {
   const std::string line = object.dump() + "\n";
   const std::lock_guard lock(mutex_);
   // What is shorter than one that was left out is left out too.
-  if (left_out_ != 0 || line.size() > room_) {
+  if (is_full_ || line.size() > room_) {
+    is_full_ = true;
     ++left_out_;
     return;
   }
@@ -112,6 +120,7 @@ std::expected<std::unique_ptr<TraceFile>, std::string> TraceFile::create(const O
 }
 
 void TraceFile::add(const HvTraceEvent& event) noexcept {
+  if (leaves_out()) return;
   try {
     write(std::visit([](const auto& each) { return describe(each); }, event));
   } catch (const std::exception&) {
@@ -134,7 +143,7 @@ bool TraceFile::finish() noexcept {
   if (left_out_ != 0)
     std::fprintf(file_.get(), "{\"event\":\"full\",\"left_out\":%llu}\n", static_cast<unsigned long long>(left_out_));
   left_out_ = 0;
-  return std::fflush(file_.get()) == 0 && !has_failed_;
+  return std::fflush(file_.get()) == 0 && std::ferror(file_.get()) == 0 && !has_failed_;
 }
 
 } // namespace cppvmm::boot

@@ -1,6 +1,7 @@
 // What cppvmm-boot --trace writes: one JSON object a line, which read_trace.py prints.
 #pragma once
 
+#include <atomic>
 #include <chrono>
 #include <cstdint>
 #include <cstdio>
@@ -34,6 +35,8 @@ private:
     void operator()(std::FILE* file) const { std::fclose(file); }
   };
   TraceFile() = default;
+  /// Whether the file is full: nothing is to be made for it then, however often a guest calls.
+  [[nodiscard]] bool leaves_out();
   /// Adds a line to the file, unless it is full.
   template <class Object>
   void write(Object object);
@@ -44,6 +47,7 @@ private:
   std::uint64_t room_ = 0; // in bytes
   std::uint64_t left_out_ = 0;
   bool has_failed_ = false;
+  std::atomic<bool> is_full_ = false;
 };
 
 } // namespace cppvmm::boot

@@ -15,7 +15,7 @@ import cppvmm.guest_memory;
 
 namespace cppvmm {
 
-/// A vCPU was given a CPUID leaf, subleaf 0.
+/// A vCPU was given one of the hypervisor's CPUID leaves (0x40000000 to 0x400001FF).
 export struct HvCpuidGiven {
   std::uint32_t vp_index = 0;
   std::uint32_t function = 0;
@@ -40,7 +40,8 @@ export struct HvMsrTouched {
   bool is_refused = false;              ///< The guest got #GP.
 };
 
-/// An answer to HvExtCallGetBootZeroedMemory was written. The event of the call, which has the same output, follows.
+/// An answer of ours to HvExtCallGetBootZeroedMemory was written. The event of the call, which has the same output,
+/// follows.
 export struct HvRangesAnswered {
   GuestAddress output{0};
   std::span<const PageRange> ranges; ///< Those that the guest got; valid for as long as it is told of them.
@@ -54,7 +55,7 @@ export struct HvCallEnded {
   HvCall call;
   std::optional<std::uint64_t> result{}; ///< The hypercall result value (TLFS "Hypercall Outputs").
   std::optional<HvNoResult> no_result{}; ///< Why there is none.
-  std::chrono::nanoseconds took{};
+  std::chrono::nanoseconds took{};       ///< HvOptions::on_boot_zeroed included.
 };
 
 export using HvTraceEvent = std::variant<HvCpuidGiven, HvMsrTouched, HvRangesAnswered, HvCallEnded>;

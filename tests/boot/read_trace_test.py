@@ -76,10 +76,16 @@ class Reader(unittest.TestCase):
         self.assertEqual(done.returncode, 1)
 
     def test_what_is_no_trace(self):
-        for bad in ("{", "3", "{}", '{"event": "nothing"}'):
+        wide = json.dumps(cpuid("0x40000001", eax="0x1ffffffff"))
+        for bad in ("{", "3", "{}", '{"event": "nothing"}', wide, "[" * 100000):
             done = read({"event": "full", "left_out": 1}, bad)
             self.assertEqual(done.returncode, 1, bad)
             self.assertRegex(done.stderr, r"\Aread_trace: line 2: [^\n]*\n\Z")
+
+    def test_what_is_not_there(self):
+        done = subprocess.run([sys.executable, "-B", READER, "/nowhere"], capture_output=True, text=True, check=False)
+        self.assertEqual(done.returncode, 1)
+        self.assertRegex(done.stderr, r"\Aread_trace: [^\n]*/nowhere[^\n]*\n\Z")
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ protected:
     options.trace = std::filesystem::temp_directory_path() / ("cppvmm-trace-" + std::to_string(getpid()));
     options.cpus = 2;
   }
-  ~Trace() override { std::filesystem::remove(options.trace); }
+  void TearDown() override { std::filesystem::remove(options.trace); }
 
   /// Its lines.
   [[nodiscard]] std::vector<json> read() const {
@@ -90,6 +90,7 @@ TEST_F(Trace, HasABoundHoweverManyCall) {
   ASSERT_TRUE(trace) << trace.error();
   {
     std::vector<std::jthread> vcpus;
+    vcpus.reserve(threads);
     for (int vcpu = 0; vcpu < threads; ++vcpu)
       vcpus.emplace_back([&] {
         for (int i = 0; i < each; ++i)

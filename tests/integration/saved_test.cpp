@@ -3,6 +3,7 @@
 #include "linux_guest.hpp"
 #include "program.hpp"
 
+#include <cstddef>
 #include <cstdint>
 #include <filesystem>
 #include <gtest/gtest.h>
@@ -132,7 +133,9 @@ TEST_F(Linux, AFileThatHoldsNoMachineIsOneLine) {
   const File text("text", "This is no machine.\n");
   const File cut("cut", "cppvmm-boot machine, form 1\n\x10");
   using std::string_view_literals::operator""sv;
-  const File damaged("damaged", "cppvmm-boot machine, form 1\n\x04\0\0\0\0\0\0\0\xA0\xA0\xA0\xA0"sv);
+  const File damaged("damaged", "cppvmm-boot machine, form 1\n\x04\0\0\0\0\0\0\0[{1}"sv);
+  constexpr std::size_t depth = 0x100'0000;
+  const File deep("deep", std::string("cppvmm-boot machine, form 1\n\0\0\0\x01\0\0\0\0"sv) + std::string(depth, '['));
   const File huge("huge", "cppvmm-boot machine, form 1\n\xFF\xFF\xFF\xFF\xFF\xFF\xFF\xFF"sv);
   for (const auto& [path, why] :
        {std::pair(text.path(), text.path() + " is no machine that --save has written"),
@@ -141,10 +144,25 @@ TEST_F(Linux, AFileThatHoldsNoMachineIsOneLine) {
     EXPECT_EQ(ended.status, 1);
     EXPECT_EQ(ended.err, "cppvmm-boot: --restore: " + why + "\n");
   }
-  const Ended ended = run_program(CPPVMM_BOOT, {"--restore", damaged.path()});
+  for (const std::string& path : {damaged.path(), deep.path()}) {
+    const Ended ended = run_program(CPPVMM_BOOT, {"--restore", path});
+    EXPECT_EQ(ended.status, 1);
+    EXPECT_TRUE(ended.err.starts_with("cppvmm-boot: --restore: " + path + " is damaged: ")) << ended.err;
+    EXPECT_EQ(ended.err.find('\n'), ended.err.size() - 1);
+  }
+}
+
+TEST_F(Linux, AGuestThatIsNeverSavedIsAFailure) {
+  using std::string_view_literals::operator""sv;
+  const File image("reset", small_image("\xB0\xFE"      // mov al, 0xFE
+                                        "\xE6\x64"      // out 0x64, al
+                                        "\xEB\xFE"sv)); // jmp .
+  const File saved("never", "an earlier one");
+  const Ended ended = run_program(
+      CPPVMM_BOOT, {"--memory", "32M", "--kernel", image.path(), "--save", saved.path(), "--save-at", "good morning"});
   EXPECT_EQ(ended.status, 1);
-  EXPECT_TRUE(ended.err.starts_with("cppvmm-boot: --restore: " + damaged.path() + " is damaged: ")) << ended.err;
-  EXPECT_EQ(ended.err.find('\n'), ended.err.size() - 1);
+  EXPECT_EQ(ended.err, "cppvmm-boot: --save: the guest has not said \"good morning\"\n");
+  EXPECT_EQ(contents(saved.path()), "an earlier one");
 }
 
 } // namespace

@@ -24,7 +24,7 @@ using nlohmann::json;
 class BootTraced : public NeedsKvm, public testing::WithParamInterface<const char*> {
 protected:
   BootTraced() : path(std::filesystem::temp_directory_path() / ("cppvmm-boot-trace-" + std::to_string(getpid()))) {}
-  ~BootTraced() override { std::filesystem::remove(path); }
+  void TearDown() override { std::filesystem::remove(path); }
 
   void SetUp() override {
     NeedsKvm::SetUp();
