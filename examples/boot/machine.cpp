@@ -412,7 +412,10 @@ private:
     machine.options.hypercalls = has_hyperv ? used_for(power_->hyperv->transport()) : Hypercalls::off;
     const bool has_kvms_msrs = has_hyperv && power_->hyperv->transport() != HypercallTransport::user;
     for (Vcpu& vcpu : power_->vcpus) {
-      const auto handle = [&](const Exit& exit) { return on_exit(vcpu, exit) == VcpuAction::resume; };
+      const auto handle = [&](const Exit& exit) {
+        on_exit(vcpu, exit);
+        return !findings_.failure();
+      };
       if (auto finished = finish_exit(vcpu, handle); !finished) return finished;
     }
     // Before the vCPUs' TSCs, behind which the time that goes by one must be.
