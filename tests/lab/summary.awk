@@ -1,8 +1,8 @@
 # What tests.sh printed, a line for each program, and the first 40 lines of what each test said that failed. Variables:
 # name (of the kernel), expected (the programs, by spaces), counts (a file for `passed failed skipped kvm`: of all tests,
-# and how many of those with the label kvm ran), whole (whether all tests of each program were wanted, of which not all
-# can have been skipped).
-# Status 1: not everything passed.
+# and how many of those with the label kvm ran), whole (whether all tests of each program were wanted: then not all of a
+# label can have been skipped; all of one program can, for a kernel may lack what it tests).
+# Status 1: not everything passed, and what is wrong was printed.
 
 # A machine for the tests of one label. One that stopped was started again.
 /^lab: kernel / {
@@ -53,13 +53,23 @@ END {
       failed[program] = 1
       names[program] = "\n  failed: it ended with status " status[program]
     }
-    if (failed[program] || !(passed[program] + (whole ? 0 : skipped[program]))) bad = 1
+    if (failed[program]) bad = 1
+    if (!(passed[program] + failed[program] + skipped[program])) {
+      names[program] = names[program] "\n  it ran no test"
+      bad = 1
+    }
+    of_label[label[program]] += passed[program]
     printf "%s %s: %d passed, %d failed, %d skipped; %d s%s\n", name, program, passed[program], failed[program],
       skipped[program], seconds[program], names[program]
     total_passed += passed[program]
     total_failed += failed[program]
     total_skipped += skipped[program]
     if (label[program] == "kvm") on_kvm += passed[program] + failed[program]
+  }
+  for (each in of_label) {
+    if (!whole || of_label[each]) continue
+    print name ": every test of the machine for " (each == "-" ? "memory" : each) " was skipped"
+    bad = 1
   }
   print total_passed + 0, total_failed + 0, total_skipped + 0, on_kvm + 0 >counts
   exit bad
