@@ -9,6 +9,7 @@ FILE:LINE: what is wrong. The same sources always give the same picture, byte fo
 
 The design, as far as it is checked here:
 - the partitions of a module have no cycle, and neither have the modules;
+- inside guest_memory, imports go down the layers only: survey, writes, evidence, memory;
 - guest_memory and vcpu know nothing of each other, and hv_calls nothing of vcpu; no module imports hv_ext or
   vcpu_group;
 - Boost and kernel headers are in internal partitions and implementation units, <linux/kvm.h> in vcpu alone; Asio is in
@@ -32,6 +33,9 @@ HOMES = {  # where the units of a module are
     "cppvmm.vcpu": "vcpu/",
     "cppvmm.hv_calls": "hv_ext/calls/",
     "cppvmm.hv_ext": "hv_ext/kvm/",
+}
+LAYERS = {  # of a module: a unit in one imports nothing of those behind it, nor of what lies beside them
+    "cppvmm.guest_memory": [f"guest_memory/{layer}/" for layer in ("memory", "evidence", "writes", "survey")],
 }
 APART = [{"cppvmm.guest_memory", "cppvmm.vcpu"}, {"cppvmm.hv_calls", "cppvmm.vcpu"}]
 FOR_EMBEDDERS = {"cppvmm.hv_ext", "cppvmm.vcpu_group"}  # nothing in the library imports these
@@ -196,6 +200,12 @@ def check_includes(unit):
             yield line, f"<{header}>{by}: Boost in an interface unit makes every consumer need it"
 
 
+def layer_of(unit):
+    """A number, the higher the more it may import."""
+    layers = LAYERS.get(unit.module, [])
+    return next((n for n, layer in enumerate(layers) if unit.path.startswith(layer)), len(layers))
+
+
 def check_imports(unit, by_name, modules):
     for line, module, partition, exported in unit.imports:
         target = by_name.get(f"{module}:{partition}" if partition else module)
@@ -204,6 +214,8 @@ def check_imports(unit, by_name, modules):
         elif partition is not None:
             if target is None:
                 yield line, f"imports :{partition}, which {unit.module} does not have"
+            elif layer_of(target) > layer_of(unit):
+                yield line, f"imports {target.name} from a layer above its own ({target.path})"
             elif unit.is_interface and not target.is_interface:
                 yield line, f"an interface unit imports the internal partition {target.name}"
         elif module not in modules:

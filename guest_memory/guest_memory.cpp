@@ -9,6 +9,7 @@ module;
 #include <vector>
 module cppvmm.guest_memory:guest_memory.impl;
 import :address;
+import :backing;
 import :content_check;
 import :content_scan;
 import :error;
@@ -16,11 +17,13 @@ import :evidence;
 import :extents;
 import :guest_memory;
 import :memory_map;
+import :page_evidence;
 import :page_set;
 import :region;
 import :region_evidence;
 import :region_use;
 import :survey;
+import :survey_map;
 import :touched_map;
 import :write_record;
 import :write_watch;
@@ -172,9 +175,9 @@ MemoryResult<void> GuestMemory::arm_write_watch(GuestAddress start, const WriteW
     return std::unexpected(
         MemoryError{.code = code, .address = start.value(), .length = region->bytes(), .operation = operation});
   };
-  if (!is_watchable(region->backing())) return refuse(MemoryErrc::unavailable, "a write watch of this kind of memory");
-  const bool is_private = region->backing() == Backing::anonymous || region->backing() == Backing::hugetlb;
-  if (!is_private && !options.written_through_this_mapping_only)
+  if (!traits_of(region->backing()).is_watchable)
+    return refuse(MemoryErrc::unavailable, "a write watch of this kind of memory");
+  if (!traits_of(region->backing()).is_private && !options.written_through_this_mapping_only)
     return refuse(MemoryErrc::invalid_argument, "a write watch of shared memory needs a promise");
   for (const auto& watch : state_->known_writes().watches)
     if (watch->region() == *region) return refuse(MemoryErrc::invalid_argument, "a write watch is armed already");
@@ -222,7 +225,7 @@ MemoryResult<void> GuestMemory::begin_write_log(WriteLog log, const WriteLogOpti
     if (region.kind() != RegionKind::ram) continue;
     auto record = WriteRecord::begin(region);
     if (!record) return std::unexpected(record.error());
-    if (options.complete && is_watchable(region.backing())) {
+    if (options.complete && traits_of(region.backing()).is_watchable) {
       auto data = data_now(region, options.baseline);
       if (!data) return std::unexpected(data.error());
       (*record)->set_baseline(std::move(*data));

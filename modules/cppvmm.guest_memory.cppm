@@ -8,8 +8,10 @@
 ///     for (const cppvmm::PageRange& zeroed : memory.survey().zeroed.largest(255)) use(zeroed);
 export module cppvmm.guest_memory;
 export import :address;
+export import :backing;
 export import :content_check;
 export import :error;
+export import :evidence;
 export import :fault_guard;
 export import :guest_memory;
 export import :kernel_books;
@@ -19,4 +21,6 @@ export import :region;
 export import :region_use;
 export import :survey;
 export import :touched_map;
+export import :toucher;
 export import :write_watch;
+export import :zero_scan;

@@ -131,6 +131,7 @@ class PlantedViolations(unittest.TestCase):
 
     def add(self, path, text, section=None):
         """A new source; with a section, listed under it."""
+        (self.root / path).parent.mkdir(exist_ok=True)
         (self.root / path).write_text(text)
         if section:
             self.edit(f"{pathlib.PurePosixPath(path).parent}/CMakeLists.txt", rf"^ *{section}$", rf"\g<0>\n    {path}")
@@ -182,6 +183,15 @@ class PlantedViolations(unittest.TestCase):
     def test_guest_memory_imports_vcpu(self):
         self.after_module_line("guest_memory/error.cpp", "import cppvmm.vcpu;")
         self.assert_caught("guest_memory/error.cpp:", "cppvmm.guest_memory imports cppvmm.vcpu")
+
+    def test_layer_imports_the_one_above(self):
+        self.add("guest_memory/survey/a.cppm", "export module cppvmm.guest_memory:a;\n")
+        self.add("guest_memory/evidence/b.cpp", "module cppvmm.guest_memory:b.impl;\nimport :a;\n")
+        self.assert_caught("guest_memory/evidence/b.cpp:2:", "imports cppvmm.guest_memory:a from a layer above its own")
+
+    def test_layer_imports_what_lies_beside_the_layers(self):
+        self.add("guest_memory/memory/a.cpp", "module cppvmm.guest_memory:a.impl;\nimport :error;\n")
+        self.assert_caught("guest_memory/memory/a.cpp:2:", "imports cppvmm.guest_memory:error from a layer above its own")
 
     def test_vcpu_imports_guest_memory(self):
         self.after_module_line("vcpu/error.cppm", "  import   cppvmm.guest_memory ;")

@@ -1,0 +1,211 @@
+module;
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <expected>
+#include <iterator>
+#include <optional>
+#include <span>
+#include <tuple>
+#include <utility>
+#include <vector>
+module cppvmm.guest_memory:memory_map.impl;
+import :address;
+import :backing;
+import :error;
+import :guest_copy;
+import :memory_map;
+import :page_set;
+import :region;
+
+namespace cppvmm {
+
+/// Where the bytes of a region are: in a file, or at an address.
+struct HostPlace {
+  std::uint64_t device;
+  std::uint64_t inode;
+  std::uint64_t start;
+  std::uint64_t end;
+  const Region* region;
+};
+
+/// The second of two regions of RAM that are the same host memory, or null. Every region counts by its addresses, and
+/// shared mappings of files by their place in the file as well.
+static const Region* find_alias(const std::vector<Region>& regions) {
+  std::vector<HostPlace> places;
+  for (const Region& region : regions) {
+    if (region.kind() != RegionKind::ram) continue;
+    const auto host = reinterpret_cast<std::uintptr_t>(region.host_address());
+    places.push_back({0, 0, host, host + region.bytes(), &region});
+    if (const auto file = region.shared_file_id())
+      places.push_back(
+          {file->device, file->inode, region.file_offset(), region.file_offset() + region.bytes(), &region});
+  }
+  std::ranges::sort(places, {}, [](const HostPlace& place) {
+    return std::tuple(place.device, place.inode, place.start, place.region->start().value());
+  });
+  const auto clash = std::ranges::adjacent_find(places, [](const HostPlace& left, const HostPlace& right) {
+    return left.device == right.device && left.inode == right.inode && right.start < left.end;
+  });
+  return clash == places.end() ? nullptr : std::next(clash)->region;
+}
+
+MemoryResult<MemoryMap> MemoryMap::make(std::vector<Region> regions) {
+  std::ranges::sort(regions, {}, [](const Region& region) { return region.pages().first(); });
+  const auto clash = std::ranges::adjacent_find(
+      regions, [](const Region& left, const Region& right) { return left.pages().overlaps(right.pages()); });
+  if (clash != regions.end()) {
+    const Region& second = *std::next(clash);
+    return std::unexpected(MemoryError{.code = MemoryErrc::overlap,
+                                       .address = second.start().value(),
+                                       .length = second.bytes(),
+                                       .operation = "MemoryMap::make"});
+  }
+  if (const Region* second = find_alias(regions))
+    return std::unexpected(MemoryError{.code = MemoryErrc::overlap,
+                                       .address = second->start().value(),
+                                       .length = second->bytes(),
+                                       .operation = "MemoryMap::make: RAM that another region has already"});
+  MemoryMap map;
+  map.regions_ = std::move(regions);
+  return map;
+}
+
+MemoryResult<MemoryMap> MemoryMap::with(Region region) const {
+  auto regions = regions_;
+  regions.push_back(std::move(region));
+  return make(std::move(regions));
+}
+
+MemoryResult<MemoryMap> MemoryMap::without(GuestAddress start) const {
+  const Region* region = find(start);
+  if (region == nullptr || region->start() != start)
+    return std::unexpected(
+        MemoryError{.code = MemoryErrc::not_backed, .address = start.value(), .operation = "MemoryMap::without"});
+  MemoryMap map = *this;
+  map.regions_.erase(map.regions_.begin() + (region - regions_.data()));
+  return map;
+}
+
+const Region* MemoryMap::find(GuestAddress address) const {
+  const auto after = std::ranges::upper_bound(regions_, address.page(), {},
+                                              [](const Region& region) { return region.pages().first(); });
+  if (after == regions_.begin()) return nullptr;
+  const Region& region = *std::prev(after);
+  return region.pages().contains(address) ? &region : nullptr;
+}
+
+PageSet MemoryMap::pages(RegionKind kind) const {
+  PageSet result;
+  for (const Region& region : regions_)
+    if (region.kind() == kind) result.add(region.pages());
+  return result;
+}
+
+template <class Copy>
+MemoryResult<void> MemoryMap::for_each_part(GuestAddress address, std::uint64_t bytes, Access access,
+                                            const char* operation, Copy copy) const {
+  MemoryError error{.address = address.value(), .length = bytes, .operation = operation};
+  const auto refuse = [&](MemoryErrc code, GuestAddress where, std::uint64_t completed) {
+    error.code = code;
+    error.address = where.value();
+    error.completed = completed;
+    return std::unexpected(error);
+  };
+  if (!address.checked_add(bytes)) return refuse(MemoryErrc::out_of_range, address, 0);
+  for (std::uint64_t done = 0; done < bytes;) {
+    const GuestAddress at(address.value() + done);
+    const Region* region = find(at);
+    if (region == nullptr) return refuse(MemoryErrc::not_backed, at, done);
+    if ((access == Access::write || access == Access::check_write) && region->kind() == RegionKind::rom)
+      return refuse(MemoryErrc::read_only, at, done);
+    const std::uint64_t offset = at.value() - region->start().value();
+    const std::uint64_t part = std::min(bytes - done, region->bytes() - offset);
+    // Before the bytes change: a survey that begins after they did finds the record.
+    if (access == Access::write || access == Access::load) region->record_write(offset, part);
+    const GuestAccess result = copy(*region, static_cast<std::byte*>(region->host_address()) + offset, done, part);
+    if (result.error != 0) {
+      error.os_error = result.error;
+      return refuse(result.code(), GuestAddress(at.value() + result.done), done + result.done);
+    }
+    done += part;
+  }
+  return {};
+}
+
+MemoryResult<void> MemoryMap::read(GuestAddress address, std::span<std::byte> into) const {
+  return for_each_part(address, into.size(), Access::read, "MemoryMap::read",
+                       [&](const Region& region, const std::byte* host, std::uint64_t done, std::uint64_t part) {
+                         return copy_from_guest(reach_of(region.is_adopted()), into.data() + done, host, part);
+                       });
+}
+
+MemoryResult<void> MemoryMap::write(GuestAddress address, std::span<const std::byte> from) const {
+  return for_each_part(address, from.size(), Access::write, "MemoryMap::write",
+                       [&](const Region& region, std::byte* host, std::uint64_t done, std::uint64_t part) {
+                         return copy_to_guest(reach_of(region.is_adopted()), host, from.data() + done, part);
+                       });
+}
+
+MemoryResult<void> MemoryMap::load(GuestAddress address, std::span<const std::byte> from) const {
+  return for_each_part(address, from.size(), Access::load, "MemoryMap::load",
+                       [&](const Region& region, std::byte* host, std::uint64_t done, std::uint64_t part) {
+                         return copy_to_guest(reach_of(region.is_adopted()), host, from.data() + done, part);
+                       });
+}
+
+MemoryResult<void> MemoryMap::check_write(GuestAddress address, std::uint64_t bytes) const {
+  return for_each_part(address, bytes, Access::check_write, "MemoryMap::check_write",
+                       [](const Region& region, std::byte* host, std::uint64_t, std::uint64_t part) {
+                         return region.is_adopted() ? probe_guest(host, part) : GuestAccess{.done = part};
+                       });
+}
+
+/// The part of a range that one region has.
+struct RegionPart {
+  const Region* region;
+  PageRange pages;
+};
+
+MemoryResult<Discarded> MemoryMap::discard(const PageSet& pages) const {
+  std::vector<RegionPart> parts;
+  for (const PageRange& range : pages.ranges()) {
+    for (PageNumber at = range.first(); at < range.end();) {
+      const GuestAddress address(at.value() * page_size);
+      const auto refuse = [&](MemoryErrc code) {
+        return std::unexpected(MemoryError{
+            .code = code, .address = address.value(), .length = range.bytes(), .operation = "MemoryMap::discard"});
+      };
+      const Region* region = find(address);
+      if (region == nullptr) return refuse(MemoryErrc::not_backed);
+      if (region->kind() == RegionKind::rom) return refuse(MemoryErrc::read_only);
+      if (region->backing() == Backing::unknown) return refuse(MemoryErrc::unavailable);
+      const PageNumber end = std::min(range.end(), region->pages().end());
+      const auto part = PageRange::make(at, end.value() - at.value());
+      if (!part) return std::unexpected(part.error());
+      parts.push_back({region, *part});
+      at = end;
+    }
+  }
+  Discarded sum;
+  for (const RegionPart& part : parts) {
+    auto done = part.region->discard(part.pages);
+    if (!done) {
+      done.error().completed = (sum.freed_pages + sum.cleared_pages) * page_size;
+      return done;
+    }
+    sum.freed_pages += done->freed_pages;
+    sum.cleared_pages += done->cleared_pages;
+  }
+  return sum;
+}
+
+MemoryResult<void> MemoryMap::set_huge_pages(HugePages use) const {
+  for (const Region& region : regions_) {
+    if (region.kind() != RegionKind::ram || !traits_of(region.backing()).may_be_transparent_huge) continue;
+    if (auto done = region.set_huge_pages(use); !done) return done;
+  }
+  return {};
+}
+
+} // namespace cppvmm

@@ -1,0 +1,305 @@
+module;
+#include <algorithm>
+#include <chrono>
+#include <cstddef>
+#include <cstdint>
+#include <expected>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <span>
+#include <utility>
+#include <vector>
+module cppvmm.guest_memory:survey.impl;
+import :address;
+import :backing;
+import :content_check;
+import :content_scan;
+import :error;
+import :evidence;
+import :extents;
+import :guest_copy;
+import :memory_map;
+import :page_evidence;
+import :page_set;
+import :region;
+import :region_evidence;
+import :survey;
+import :survey_bound;
+import :survey_map;
+import :touched_map;
+import :write_record;
+
+namespace cppvmm {
+
+TouchedMap Survey::touched_map() const {
+  TouchedMap result = touchers;
+  PageSet unmarked = touched;
+  unmarked.remove(touchers.pages());
+  result.mark(unmarked, Toucher::unknown);
+  return result;
+}
+
+ExtentList data_among(const Region& region, const ExtentList& pages) {
+  const ContentCheckOptions options;
+  ContentBudget budget(options);
+  return scan_content(file_mapping(region), region.backing(), pages.extents(), options, budget, looks_at_watched,
+                      reach_of(region.is_adopted()))
+      .touched;
+}
+
+/// The pages of all the lists, which count from the start of `region`.
+static PageSet union_of(PageRange region, std::span<const ExtentList> lists) {
+  PageSet result;
+  const auto add_to = [&](PageSet& set, const ExtentList& list) {
+    for (const Extent& extent : list.extents())
+      set.add(*PageRange::make(PageNumber(region.first().value() + extent.first), extent.count));
+  };
+  if (lists.empty()) return result;
+  add_to(result, lists.front());
+  // Each list by itself, so that all are added in ascending order.
+  for (const ExtentList& list : lists.subspan(1)) {
+    PageSet more;
+    add_to(more, list);
+    result.add(more);
+  }
+  return result;
+}
+
+using Clock = std::chrono::steady_clock;
+
+/// Takes out of `touched` all but what may have been written.
+static void keep_written(PageSet& touched, const PageSet& written, WatchReport& report) {
+  const std::uint64_t before = touched.page_count();
+  touched.intersect(written);
+  report.written_pages = written.page_count();
+  report.zero_pages = before - touched.page_count();
+}
+
+/// Takes out of `touched` what the watch knows to be unwritten.
+static WatchReport narrow(PageSet& touched, const WriteWatch& watch) {
+  const auto begin = Clock::now();
+  WatchReport report;
+  if (const auto lists = watch.may_hold_data(); !lists) {
+    report.error = lists.error();
+  } else {
+    const PageSet written = union_of(watch.region().pages(), *lists);
+    keep_written(touched, written, report);
+  }
+  report.cost = Clock::now() - begin;
+  return report;
+}
+
+/// What a log shows of a region.
+struct LoggedWrites {
+  PageSet logged;
+  PageSet recorded;
+};
+
+/// Takes out of `touched` what is neither in the log nor recorded, if that is all that is written.
+static WatchReport narrow(PageSet& touched, const KeptLog& kept, WriteRecord& record, LoggedWrites& writes) {
+  const auto begin = Clock::now();
+  WatchReport report;
+  const PageRange pages = record.region().pages();
+  const bool is_current = [&] {
+    if (auto collected = record.collect(kept.log); !collected) {
+      report.error = collected.error();
+      return false;
+    }
+    return true;
+  }();
+  const ExtentList logged = record.logged();
+  const ExtentList recorded = record.recorded();
+  writes.logged = union_of(pages, std::span(&logged, 1));
+  writes.recorded = union_of(pages, std::span(&recorded, 1));
+  if (is_current && kept.is_complete && traits_of(record.region().backing()).is_watchable) {
+    PageSet written = writes.logged;
+    written.add(writes.recorded);
+    written.add(union_of(pages, std::span(&record.baseline(), 1)));
+    keep_written(touched, written, report);
+  }
+  report.cost = Clock::now() - begin;
+  return report;
+}
+
+static bool is_private_hugetlb(Backing backing) {
+  const BackingTraits traits = traits_of(backing);
+  return traits.is_private && traits.is_hugetlb;
+}
+
+static std::vector<Extent> extents_of(const PageSet& pages, PageRange region) {
+  std::vector<Extent> extents;
+  for (const PageRange& range : pages.ranges())
+    extents.push_back({range.first().value() - region.first().value(), range.count()});
+  return extents;
+}
+
+/// Takes from `touched`, which are pages of the region, those whose content reads zero. Of hugetlb memory,
+/// `whole` are the huge pages that these are of: parts of one cannot be watched.
+static void check_content(PageSet& touched, const PageSet& whole, const Region& region,
+                          const ContentCheckOptions& options, ContentBudget& budget, std::mutex& one_at_a_time,
+                          RegionSurvey& report) {
+  const auto begin = Clock::now();
+  const FileMapping memory = file_mapping(region);
+  const std::vector<Extent> extents = extents_of(touched, region.pages());
+  // Words are read one after the other: of a page that is written meanwhile, each may have been zero when it was read,
+  // and the page never.
+  std::unique_lock lock(one_at_a_time, std::defer_lock);
+  std::unique_ptr<WriteWatch> watch;
+  if (traits_of(region.backing()).is_private && !budget.is_spent()) {
+    lock.lock();
+    const bool is_huge = is_private_hugetlb(region.backing());
+    if (auto armed = WriteWatch::arm(region, is_huge ? extents_of(whole, region.pages()) : extents))
+      watch = std::move(*armed);
+  }
+  ContentScan scan = scan_content(memory, region.backing(), extents, options, budget,
+                                  watch ? looks_at_watched : looks_at_unwatched, reach_of(region.is_adopted()));
+  PageSet data = union_of(region.pages(), std::span(&scan.touched, 1));
+  report.content = scan.report;
+  report.content->is_watched = watch != nullptr;
+  if (auto& error = report.content->error; error && error->code == MemoryErrc::inaccessible)
+    error->address = region.start().value() + (error->address - reinterpret_cast<std::uintptr_t>(memory.host));
+  if (watch) {
+    if (const auto written = watch->may_hold_data(); !written) {
+      report.content->error = written.error();
+      data = touched;
+    } else {
+      PageSet moved = touched;
+      moved.remove(data);
+      moved.intersect(union_of(region.pages(), *written));
+      report.content->written_pages = moved.page_count();
+      data.add(moved);
+    }
+    watch.reset();
+  }
+  report.content->cost = Clock::now() - begin;
+  // What was read has to be what the guest has.
+  if (!check_backing(memory, region.backing(), region.kind())) return;
+  touched = std::move(data);
+  report.given_up_pages += scan.touched.given_up_pages();
+}
+
+/// Adds the pages that read no zeros although nothing was written to them: an access is a signal. Where all entries of
+/// the page tables count, they are among them, until something narrows that down.
+static void add_broken(PageSet& touched, const Region& region, EvidenceSource source, RegionSurvey& report) {
+  const bool is_narrowed = report.watch || report.log || report.content;
+  if (!is_narrowed && (traits_of(region.backing()).counts_entries || report.evidence == Evidence::none)) return;
+  if (const auto broken = broken_entries(region.host_address(), region.bytes(), source)) {
+    touched.add(union_of(region.pages(), *broken));
+    for (const ExtentList& list : *broken)
+      report.given_up_pages += list.given_up_pages();
+  } else {
+    touched = PageSet(region.pages());
+    report.error = broken.error();
+  }
+}
+
+/// Surveys one region of RAM, of which `evidence` is known: adds to the survey's sets, and fills the report.
+static void survey_region(const Region& region, const RegionEvidence& evidence, const SurveyOptions& options,
+                          const WriteKnowledge& writes, ContentBudget* budget, Survey& survey, RegionSurvey& report) {
+  report.evidence = evidence.kind;
+  report.unaccounted_pages = evidence.unaccounted_pages;
+  report.error = evidence.error;
+  PageSet touched(region.pages());
+  if (evidence.kind != Evidence::none) {
+    touched = union_of(region.pages(), evidence.touched);
+    for (const ExtentList& list : evidence.touched)
+      report.given_up_pages += list.given_up_pages();
+  }
+  report.touched_pages = touched.page_count();
+  if (evidence.is_foreign) {
+    survey.touched.add(touched);
+    return;
+  }
+  PageSet whole;
+  if (budget && is_private_hugetlb(region.backing())) whole = touched;
+  for (const auto& watch : writes.watches)
+    if (watch->region() == region) report.watch = narrow(touched, *watch);
+  LoggedWrites logged;
+  if (writes.log) {
+    const std::scoped_lock lock(writes.log->mutex);
+    for (const auto& record : writes.log->records) {
+      if (record->region() != region) continue;
+      WatchReport narrowed = narrow(touched, *writes.log, *record, logged);
+      if (narrowed.error || (writes.log->is_complete && traits_of(region.backing()).is_watchable))
+        report.log = narrowed;
+    }
+  }
+  if (budget) check_content(touched, whole, region, *options.content_check, *budget, *writes.content_checks, report);
+  add_broken(touched, region, options.source, report);
+  if (writes.log) {
+    // A page that was discarded since is in the log, and not touched.
+    logged.logged.intersect(touched);
+    logged.recorded.intersect(touched);
+    mark_bounded(survey, logged.logged, writes.log->log.by);
+    mark_bounded(survey, logged.recorded, Toucher::host);
+  }
+  report.zeroed_pages = region.pages().count() - touched.page_count();
+  // Several looks may have given up the same gaps.
+  report.given_up_pages = std::min(report.given_up_pages, touched.page_count());
+  survey.touched.add(touched);
+}
+
+/// A region, and what the looks at it found.
+struct LookedAt {
+  const Region* region = nullptr;
+  FirstLook first;
+  std::optional<RegionEvidence> evidence; ///< Of memory that was looked at twice.
+  Clock::duration cost{};
+};
+
+/// First looks at as many of the regions as one wait is for: all, unless what they found takes too much room.
+static std::vector<LookedAt> first_looks(std::span<const Region> regions, EvidenceSource source) {
+  std::vector<LookedAt> looks;
+  std::size_t ranges = 0;
+  for (const Region& region : regions) {
+    LookedAt& look = looks.emplace_back();
+    look.region = &region;
+    // ROM is never reported, so nothing needs to be known of it.
+    if (region.kind() != RegionKind::ram) continue;
+    const auto begin = Clock::now();
+    look.first = first_look(region, source);
+    look.cost = Clock::now() - begin;
+    if (!look.first.evidence) continue;
+    for (const ExtentList& list : look.first.evidence->touched)
+      ranges += list.extents().size();
+    if (ranges >= most_survey_ranges) break;
+  }
+  return looks;
+}
+
+Survey survey_map(const MemoryMap& map, const SurveyOptions& options, const WriteKnowledge& writes,
+                  ContentBudget* budget) {
+  Survey survey;
+  for (std::span<const Region> rest = map.regions(); !rest.empty();) {
+    std::vector<LookedAt> looks = first_looks(rest, options.source);
+    rest = rest.subspan(looks.size());
+    const bool waits = std::ranges::any_of(looks, [](const LookedAt& look) { return look.first.evidence.has_value(); });
+    const int waited = waits ? wait_for_spin_locks() : 0;
+    // Before anything else is done: nothing is noticed of what comes and goes between the two looks.
+    for (LookedAt& look : looks) {
+      if (!look.first.evidence) continue;
+      const auto begin = Clock::now();
+      look.evidence = last_look(*look.region, options.source, std::move(look.first), waited);
+      look.cost += Clock::now() - begin;
+    }
+    for (LookedAt& look : looks) {
+      const Region& region = *look.region;
+      RegionSurvey report{.pages = region.pages(), .kind = region.kind(), .backing = region.backing()};
+      if (region.kind() == RegionKind::ram) {
+        const auto begin = Clock::now();
+        survey.ram.add(region.pages());
+        const RegionEvidence evidence = look.evidence
+                                            ? *std::exchange(look.evidence, std::nullopt)
+                                            : last_look(region, options.source, std::move(look.first), waited);
+        survey_region(region, evidence, options, writes, budget, survey, report);
+        report.cost = look.cost + (Clock::now() - begin);
+      }
+      survey.regions.push_back(report);
+      bound_ranges(survey);
+    }
+  }
+  return survey;
+}
+
+} // namespace cppvmm

@@ -1,0 +1,82 @@
+module;
+#include <chrono>
+#include <cstdint>
+#include <optional>
+#include <vector>
+export module cppvmm.guest_memory:survey;
+import :address;
+import :content_check;
+import :error;
+import :evidence;
+import :memory_map;
+import :page_set;
+import :region;
+import :touched_map;
+
+namespace cppvmm {
+
+export struct SurveyOptions {
+  /// Pages that must not count as zeroed whatever the evidence: those that are about to be written.
+  PageSet leave_out;
+  EvidenceSource source = EvidenceSource::automatic;
+  /// Whether to look at the content of touched pages: what reads zero counts as zeroed, although it may be in use.
+  std::optional<ContentCheckOptions> content_check = std::nullopt;
+};
+
+/// What a write watch or a complete write log added to the evidence.
+export struct WatchReport {
+  std::uint64_t written_pages = 0; ///< Written since it began, or not known to be unwritten, or with data before.
+  std::uint64_t zero_pages = 0;    ///< Counted as touched by evidence, and known to be zero by this.
+  /// Why it counted for nothing.
+  std::optional<MemoryError> error = std::nullopt;
+  std::chrono::nanoseconds cost{};
+};
+
+/// What a survey found in one region.
+export struct RegionSurvey {
+  PageRange pages;
+  RegionKind kind{};
+  Backing backing{};
+  Evidence evidence = Evidence::none;
+  std::uint64_t touched_pages = 0; ///< By that evidence alone.
+  /// Pages that are zero by all that is known, before marks and what was left out: with those that a watch, a log or a
+  /// look at the content took out of `touched_pages`.
+  std::uint64_t zeroed_pages = 0;
+  /// Of an armed write watch, and of a write log that is declared complete.
+  std::optional<WatchReport> watch = std::nullopt;
+  std::optional<WatchReport> log = std::nullopt;
+  /// Pages that the host has allocated although no evidence says what for, or that were not read in a file whose
+  /// content is the evidence; they count as touched.
+  std::uint64_t unaccounted_pages = 0;
+  /// Zero pages counted as touched because touched pages are scattered over more than 2^18 extents, in this region or
+  /// in all of them together, which bounds the memory that a guest can make a survey use. The 2^17 largest zeroed
+  /// ranges are never given up.
+  std::uint64_t given_up_pages = 0;
+  /// Why there is no evidence, when a call failed.
+  std::optional<MemoryError> error = std::nullopt;
+  /// The look at the touched pages, where one was asked for and the memory is of the kind that was stated.
+  std::optional<ContentCheckReport> content = std::nullopt;
+  std::chrono::nanoseconds cost{};
+};
+
+/// Its sets are bounded whatever a guest does, and however many regions there are: by 2^18 ranges, and what was marked
+/// or left out by the embedder.
+export struct Survey {
+  PageSet ram;
+  /// Pages of RAM that may hold data: by evidence, by mark, or because nothing is known.
+  PageSet touched;
+  /// ram - touched - left out. Each of these pages was zero at a moment during the survey (for a look at the content of
+  /// shared memory, see ContentCheckOptions); none of them held data when it began, but for pages that were discarded,
+  /// or with a look at the content overwritten with zeros, since.
+  PageSet zeroed;
+  /// Who wrote, as far as it is known: what was marked by hand, what a write log and its record of the accessors show.
+  /// The other touched pages have an unknown writer, and so have those beyond the 2^18 largest ranges.
+  TouchedMap touchers;
+  std::vector<RegionSurvey> regions;
+  std::chrono::nanoseconds cost{}; ///< Of the whole, as GuestMemory::survey makes it.
+
+  /// The touched pages with who touched them.
+  [[nodiscard]] TouchedMap touched_map() const;
+};
+
+} // namespace cppvmm
