@@ -205,65 +205,62 @@ for tool in mkfs.erofs mksquashfs; do
   if path=$(command -v "$tool"); then tools_of_tests+=(--include "$path:usr/bin/$tool"); fi
 done
 
-# run_tests PROCESSOR VERSION LABEL [OPTION...]: those with the label, in a machine of their own.
-machine=
+# log_of VERSION LABEL: what the machine for these tests says.
+log_of() { echo "$logs/lab-$1-${2/#-/memory}"; }
+
+# run_tests PROCESSOR VERSION LABEL: those with the label, in a machine of their own.
 run_tests() {
-  local own=$selection-$2-$3 path needs=()
+  local own=$selection-$2-$3 path needs=() nodes=()
   awk -F '\t' -v label="$3" '$1 == "file" || $2 == label' "$selection" >"$own"
   if ! grep -q '^test' "$own"; then return; fi
   while IFS=$'\t' read -r _ _ _ path; do needs+=(--include "$path:$path"); done <"$own"
-  env LAB_PROCESSOR="$1" LAB_CONSOLE="$logs/lab-$2-${3/#-/memory}.console" "$lab/machine.sh" --kernel "$kernels/$2" \
-    --timeout 3600 "${@:4}" "${options[@]}" "${tools_of_tests[@]}" "${needs[@]}" --include "$kernels/$2/vmlinuz" \
-    --include "$kernels/$2/guests" --include "$facts" --include "$own:selection" --include "$lab/tests.sh" -- sh /tests.sh "$3" &
-  machine=$!
-  wait "$machine"
-}
-
-# test_on PROCESSOR VERSION
-test_on() {
-  local status=0
-  machine=
-  trap '[[ -z $machine ]] || kill "$machine" 2>/dev/null; exit 143' TERM
   # Memory moves between two nodes. Guests have a machine of one CPU: on an emulated one of two, some crash
   # (tests/lab/README.md).
-  run_tests "$@" - --numa 2 || status=$?
-  run_tests "$@" kvm || status=$?
-  return "$status"
+  if [[ $3 == - ]]; then nodes=(--numa 2); fi
+  exec env LAB_PROCESSOR="$1" LAB_CONSOLE="$(log_of "$2" "$3").console" "$lab/machine.sh" --kernel "$kernels/$2" \
+    --timeout 3600 "${nodes[@]}" "${options[@]}" "${tools_of_tests[@]}" "${needs[@]}" --include "$kernels/$2/vmlinuz" \
+    --include "$kernels/$2/guests" --include "$facts" --include "$own:selection" --include "$lab/tests.sh" -- sh /tests.sh "$3"
 }
 
 # A machine takes one processor, so as many run at once as there are.
-machines=()
+declare -A machines=()
 stop_machines() {
   end_ticker
-  if ((${#machines[@]} > 0)); then kill "${machines[@]}" 2>/dev/null || true; fi
+  if ((${#machines[@]} > 0)); then kill "${!machines[@]}" 2>/dev/null || true; fi
 }
 trap stop_machines EXIT
 
-# test_at_once VERSION...: what the first one says goes to standard output, the others' to their logs.
-test_at_once() {
-  local version machine number=0 status=0
-  machines=()
-  for version in "$@"; do
-    if ((number == 0)); then
-      test_on 0 "$version" &
-    else
-      test_on "$number" "$version" >"$logs/lab-$version.log" 2>&1 &
-    fi
-    machines+=($!)
-    number=$((number + 1))
+# run_machines: each says what it does in a log of its own.
+run_machines() {
+  local status=0 ended one processors=() version label
+  for ((one = $(nproc) - 1; one >= 0; one--)); do processors+=("$one"); done
+  # Those for memory take longer, so that they come first.
+  for label in - kvm; do
+    for version in "${versions[@]}"; do
+      if ((${#processors[@]} == 0)); then
+        one=0
+        wait -n -p ended "${!machines[@]}" || one=$?
+        if ((one != 0)); then status=$one; fi
+        processors+=("${machines[$ended]}")
+        unset "machines[$ended]"
+      fi
+      one=${processors[-1]}
+      unset 'processors[-1]'
+      echo "lab: the log is $(log_of "$version" "$label").log"
+      run_tests "$one" "$version" "$label" >"$(log_of "$version" "$label").log" 2>&1 &
+      machines[$!]=$one
+    done
   done
-  for machine in "${machines[@]}"; do wait "$machine" || status=$?; done
+  for one in "${!machines[@]}"; do wait "$one" || status=$?; done
   machines=()
   return "$status"
 }
 
-status=0 at_once=$(nproc)
-for version in "${versions[@]}"; do rm -f "$logs/lab-$version.counts"; done
-for ((i = 0; i < ${#versions[@]}; i += at_once)); do
-  batch=("${versions[@]:i:at_once}")
-  names=${batch[*]}
-  step "the tests on Linux ${names// / and }" "lab-${batch[0]}" test_at_once "${batch[@]}" || status=$?
-done
+status=0
+for version in "${versions[@]}"; do rm -f "$logs/lab-$version"{,-memory,-kvm}.{counts,log}; done
+names=${versions[*]}
+step "the tests on Linux ${names// / and }" lab run_machines || status=$?
+for version in "${versions[@]}"; do cat "$logs/lab-$version"-{memory,kvm}.log >"$logs/lab-$version.log" 2>/dev/null || true; done
 for version in "${versions[@]}"; do
   log=$logs/lab-$version.log
   awk -v name="$version" -v whole=$((${#chosen[@]} == 0)) -v expected="$programs" -v counts="$logs/lab-$version.counts" -f "$lab/summary.awk" "$log" ||
