@@ -1,118 +1,168 @@
 module;
 #include <algorithm>
-#include <boost/icl/interval_set.hpp>
 #include <cstddef>
 #include <cstdint>
-#include <functional>
-#include <memory>
 #include <utility>
 #include <vector>
 module cppvmm.guest_memory:page_set.impl;
+import :address;
 import :page_set;
 
 namespace cppvmm {
 
-using PageInterval = boost::icl::right_open_interval<std::uint64_t>;
-
-struct PageSet::Intervals {
-  boost::icl::interval_set<std::uint64_t, std::less, PageInterval> set;
-};
-
-static PageInterval interval(PageRange range) { return {range.first().value(), range.end().value()}; }
-
-static PageRange page_range(const PageInterval& interval) {
-  return *PageRange::make(PageNumber(interval.lower()), interval.upper() - interval.lower());
+static PageRange between(PageNumber first, PageNumber end) {
+  return *PageRange::make(first, end.value() - first.value());
 }
 
-PageSet::PageSet() : intervals_(std::make_unique<Intervals>()) {}
-PageSet::PageSet(PageRange range) : PageSet() { add(range); }
-PageSet::PageSet(const PageSet& other)
-    : intervals_(other.intervals_ ? std::make_unique<Intervals>(*other.intervals_) : std::make_unique<Intervals>()) {}
-PageSet::PageSet(PageSet&& other) noexcept = default;
-PageSet& PageSet::operator=(const PageSet& other) {
-  if (this != &other) *this = PageSet(other);
-  return *this;
+/// The first of the ascending ranges that ends behind the page.
+template <class Ranges>
+static auto first_behind(Ranges& ranges, PageNumber page) {
+  return std::ranges::upper_bound(ranges, page, {}, &PageRange::end);
 }
-PageSet& PageSet::operator=(PageSet&& other) noexcept = default;
-PageSet::~PageSet() = default;
+
+/// Adds behind all others but for the last, with which it may overlap.
+void PageSet::append(PageNumber first, PageNumber end) {
+  if (ranges_.empty() || ranges_.back().end() < first)
+    ranges_.push_back(between(first, end));
+  else if (ranges_.back().end() < end)
+    ranges_.back() = between(ranges_.back().first(), end);
+}
+
+PageSet PageSet::of(std::vector<PageRange> ranges) {
+  std::ranges::sort(ranges, {}, &PageRange::first);
+  PageSet set;
+  for (const PageRange& range : ranges)
+    if (!range.empty()) set.append(range.first(), range.end());
+  return set;
+}
 
 void PageSet::add(PageRange range) {
   if (range.empty()) return;
-  auto& set = intervals_->set;
-  set.add(set.end(), interval(range));
+  if (ranges_.empty() || ranges_.back().first() <= range.first()) {
+    append(range.first(), range.end());
+    return;
+  }
+  // Those that overlap it or touch it become one with it.
+  const auto from = std::ranges::lower_bound(ranges_, range.first(), {}, &PageRange::end);
+  const auto to = std::upper_bound(from, ranges_.end(), range.end(),
+                                   [](PageNumber page, const PageRange& each) { return page < each.first(); });
+  if (from == to) {
+    ranges_.insert(from, range);
+    return;
+  }
+  *from = between(std::min(from->first(), range.first()), std::max((to - 1)->end(), range.end()));
+  ranges_.erase(from + 1, to);
 }
 
-void PageSet::add(const PageSet& other) { intervals_->set += other.intervals_->set; }
+void PageSet::add(const PageSet& other) {
+  if (other.empty()) return;
+  if (ranges_.empty()) {
+    ranges_ = other.ranges_;
+    return;
+  }
+  PageSet sum;
+  sum.ranges_.reserve(ranges_.size() + other.ranges_.size());
+  auto mine = ranges_.begin();
+  auto theirs = other.ranges_.begin();
+  while (mine != ranges_.end() || theirs != other.ranges_.end()) {
+    const bool is_mine = theirs == other.ranges_.end() || (mine != ranges_.end() && mine->first() <= theirs->first());
+    const PageRange& next = is_mine ? *mine++ : *theirs++;
+    sum.append(next.first(), next.end());
+  }
+  *this = std::move(sum);
+}
 
 void PageSet::remove(PageRange range) {
-  if (!range.empty()) intervals_->set.subtract(interval(range));
+  if (range.empty()) return;
+  const auto from = first_behind(ranges_, range.first());
+  const auto to = std::lower_bound(from, ranges_.end(), range.end(),
+                                   [](const PageRange& each, PageNumber page) { return each.first() < page; });
+  if (from == to) return;
+  // What is left of the first and of the last of those that overlap it, which may be the same.
+  std::vector<PageRange> rest;
+  if (from->first() < range.first()) rest.push_back(between(from->first(), range.first()));
+  if (range.end() < (to - 1)->end()) rest.push_back(between(range.end(), (to - 1)->end()));
+  const auto kept = std::min<std::ptrdiff_t>(to - from, static_cast<std::ptrdiff_t>(rest.size()));
+  std::copy_n(rest.begin(), kept, from);
+  if (kept < std::ssize(rest))
+    ranges_.insert(from + kept, rest.back());
+  else
+    ranges_.erase(from + kept, to);
 }
 
 void PageSet::remove(const PageSet& other) {
-  // One by one, each a search, is for a few ranges; for many, one pass over both that writes the difference anew.
-  if (other.range_count() < range_count() / 16) {
-    intervals_->set -= other.intervals_->set;
+  if (other.empty() || ranges_.empty()) return;
+  if (other.range_count() == 1) {
+    remove(other.ranges_.front());
     return;
   }
-  PageSet difference;
-  const auto& holes = other.intervals_->set;
-  auto hole = holes.begin();
-  for (const auto& each : intervals_->set) {
-    std::uint64_t at = each.lower();
-    while (hole != holes.end() && hole->upper() <= at)
+  std::vector<PageRange> difference;
+  difference.reserve(ranges_.size());
+  auto hole = first_behind(other.ranges_, ranges_.front().first());
+  for (const PageRange& range : ranges_) {
+    PageNumber at = range.first();
+    while (hole != other.ranges_.end() && hole->end() <= at)
       ++hole;
-    for (auto next = hole; next != holes.end() && next->lower() < each.upper(); ++next) {
-      if (next->lower() > at) difference.add(page_range({at, next->lower()}));
-      at = std::max(at, next->upper());
-      hole = next;
+    for (; hole != other.ranges_.end() && hole->first() < range.end(); ++hole) {
+      if (at < hole->first()) difference.push_back(between(at, hole->first()));
+      at = hole->end();
+      // The next range may lie in it too.
+      if (range.end() <= at) break;
     }
-    if (at < each.upper()) difference.add(page_range({at, each.upper()}));
+    if (at < range.end()) difference.push_back(between(at, range.end()));
   }
-  *this = std::move(difference);
+  ranges_ = std::move(difference);
 }
 
-void PageSet::intersect(const PageSet& other) { intervals_->set &= other.intervals_->set; }
+void PageSet::intersect(const PageSet& other) {
+  std::vector<PageRange> both;
+  if (!ranges_.empty() && !other.empty()) {
+    auto mine = first_behind(ranges_, other.ranges_.front().first());
+    auto theirs = first_behind(other.ranges_, ranges_.front().first());
+    while (mine != ranges_.end() && theirs != other.ranges_.end()) {
+      const PageNumber first = std::max(mine->first(), theirs->first());
+      const PageNumber end = std::min(mine->end(), theirs->end());
+      if (first < end) both.push_back(between(first, end));
+      if (mine->end() < theirs->end())
+        ++mine;
+      else
+        ++theirs;
+    }
+  }
+  ranges_ = std::move(both);
+}
 
-bool PageSet::contains(PageNumber page) const { return boost::icl::contains(intervals_->set, page.value()); }
+bool PageSet::contains(PageNumber page) const {
+  const auto found = first_behind(ranges_, page);
+  return found != ranges_.end() && found->contains(page);
+}
 
 bool PageSet::contains(PageRange range) const {
-  return range.empty() || boost::icl::contains(intervals_->set, interval(range));
+  if (range.empty()) return true;
+  const auto found = first_behind(ranges_, range.first());
+  return found != ranges_.end() && found->first() <= range.first() && range.end() <= found->end();
 }
 
 bool PageSet::intersects(PageRange range) const {
-  return !range.empty() && boost::icl::intersects(intervals_->set, interval(range));
+  if (range.empty()) return false;
+  const auto found = first_behind(ranges_, range.first());
+  return found != ranges_.end() && found->first() < range.end();
 }
-
-bool PageSet::empty() const { return intervals_->set.empty(); }
 
 std::uint64_t PageSet::page_count() const {
   std::uint64_t pages = 0;
-  for (const auto& each : intervals_->set)
-    pages += each.upper() - each.lower();
+  for (const PageRange& range : ranges_)
+    pages += range.count();
   return pages;
 }
 
-std::size_t PageSet::range_count() const { return intervals_->set.iterative_size(); }
-
-std::vector<PageRange> PageSet::ranges() const {
-  std::vector<PageRange> result;
-  result.reserve(range_count());
-  for (const auto& each : intervals_->set)
-    result.push_back(page_range(each));
-  return result;
-}
-
 std::vector<PageRange> PageSet::largest(std::size_t count) const {
-  auto all = ranges();
   const auto larger = [](const PageRange& left, const PageRange& right) {
     return left.count() != right.count() ? left.count() > right.count() : left.first() < right.first();
   };
-  const auto kept = static_cast<std::ptrdiff_t>(std::min(count, all.size()));
-  std::partial_sort(all.begin(), all.begin() + kept, all.end(), larger);
-  all.resize(static_cast<std::size_t>(kept));
-  return all;
+  std::vector<PageRange> result(std::min(count, ranges_.size()));
+  std::ranges::partial_sort_copy(ranges_, result, larger);
+  return result;
 }
-
-bool PageSet::equals(const PageSet& other) const { return intervals_->set == other.intervals_->set; }
 
 } // namespace cppvmm

@@ -1,28 +1,26 @@
 module;
 #include <cstddef>
 #include <cstdint>
-#include <memory>
+#include <span>
+#include <utility>
 #include <vector>
 export module cppvmm.guest_memory:page_set;
 import :address;
 
 namespace cppvmm {
 
-/// A set of guest-physical pages, kept as disjoint ranges: its cost follows the number of ranges, not of pages.
-/// A value type. Not thread-safe: as with the containers of the standard library, concurrent const use is fine.
-/// One that was moved from may only be assigned to or destroyed.
+/// A set of guest-physical pages, kept as disjoint ranges in ascending order, of 16 bytes each: its cost follows the
+/// number of ranges, not of pages. A value type. Not thread-safe: as with the containers of the standard library,
+/// concurrent const use is fine.
 export class PageSet {
 public:
-  PageSet();
-  PageSet(PageRange range);
-  PageSet(const PageSet& other);
-  PageSet(PageSet&& other) noexcept;
-  PageSet& operator=(const PageSet& other);
-  PageSet& operator=(PageSet&& other) noexcept;
-  ~PageSet();
+  PageSet() = default;
+  PageSet(PageRange range) { add(range); }
+  /// Of ranges in any order, which may overlap: O(n log n). Many are added so, and not one by one.
+  [[nodiscard]] static PageSet of(std::vector<PageRange> ranges);
 
-  /// Adds, removes or keeps only the pages given. Ranges that touch are joined. O(log n) for a range, and amortised
-  /// O(1) for ranges added in ascending order.
+  /// Adds, removes or keeps only the pages given. Ranges that touch are joined. One range: O(1) behind all others, else
+  /// O(log n) and moving up to all ranges behind it. A set: one pass over both.
   void add(PageRange range);
   void add(const PageSet& other);
   void remove(PageRange range);
@@ -33,22 +31,24 @@ public:
   /// Whether every page of `range` is in the set; true for an empty range.
   [[nodiscard]] bool contains(PageRange range) const;
   [[nodiscard]] bool intersects(PageRange range) const;
-  [[nodiscard]] bool empty() const;
+  [[nodiscard]] bool empty() const { return ranges_.empty(); }
   /// O(number of ranges).
   [[nodiscard]] std::uint64_t page_count() const;
-  [[nodiscard]] std::size_t range_count() const;
+  /// O(1).
+  [[nodiscard]] std::size_t range_count() const { return ranges_.size(); }
 
-  /// The set as disjoint ranges that do not touch, ascending.
-  [[nodiscard]] std::vector<PageRange> ranges() const;
+  /// The set as disjoint ranges that do not touch, ascending. Valid until the set is changed.
+  [[nodiscard]] std::span<const PageRange> ranges() const& { return ranges_; }
+  [[nodiscard]] std::vector<PageRange> ranges() && { return std::move(ranges_); }
   /// At most `count` of those ranges: the ones with the most pages, largest first, of equals the lowest first.
+  /// O(number of ranges × log count), and room for `count`.
   [[nodiscard]] std::vector<PageRange> largest(std::size_t count) const;
 
-  friend bool operator==(const PageSet& left, const PageSet& right) { return left.equals(right); }
+  friend bool operator==(const PageSet&, const PageSet&) = default;
 
 private:
-  struct Intervals;
-  [[nodiscard]] bool equals(const PageSet& other) const;
-  std::unique_ptr<Intervals> intervals_;
+  void append(PageNumber first, PageNumber end);
+  std::vector<PageRange> ranges_;
 };
 
 } // namespace cppvmm

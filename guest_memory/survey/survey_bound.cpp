@@ -40,7 +40,7 @@ void bound_ranges(Survey& survey) {
   constexpr std::size_t kept = most_survey_ranges / 2;
   if (zeroed.range_count() <= kept) return;
 
-  const std::vector<PageRange> ranges = zeroed.ranges();
+  const std::span<const PageRange> ranges = zeroed.ranges();
   std::vector<std::uint64_t> sizes;
   sizes.reserve(ranges.size());
   for (const PageRange& range : ranges)

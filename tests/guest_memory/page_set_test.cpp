@@ -30,9 +30,15 @@ TEST(PageSet, JoinsRangesThatTouch) {
   set.add(pages(20, 5));
   EXPECT_EQ(set.range_count(), 2U);
   set.add(pages(15, 5));
-  EXPECT_EQ(set.ranges(), std::vector{pages(10, 15)});
+  EXPECT_EQ(PageSet(set).ranges(), std::vector{pages(10, 15)});
   set.add(pages(0, 0));
   EXPECT_EQ(set.page_count(), 15U);
+}
+
+TEST(PageSet, IsMadeOfRangesInAnyOrder) {
+  EXPECT_EQ(PageSet::of({pages(30, 5), pages(0, 4), pages(2, 6), pages(35, 1), pages(50, 0)}).ranges(),
+            (std::vector{pages(0, 8), pages(30, 6)}));
+  EXPECT_TRUE(PageSet::of({}).empty());
 }
 
 TEST(PageSet, HoldsTheWholeGuestPhysicalSpace) {
@@ -107,7 +113,8 @@ TEST(PageSet, AgreesWithASetOfPages) {
     for (int step = 0; step < 30; ++step) {
       const PageRange range = pages(draw(200), draw(20));
       PageSet other(pages(draw(200), draw(60)));
-      other.add(pages(draw(200), draw(60)));
+      for (unsigned more = draw(6); more > 0; --more)
+        other.add(pages(draw(200), draw(30)));
       const auto other_pages = each(other);
       switch (draw(4)) {
       case 0:
@@ -135,6 +142,8 @@ TEST(PageSet, AgreesWithASetOfPages) {
         break;
       }
       ASSERT_EQ(each(set), expected);
+      for (std::size_t i = 1; i < set.range_count(); ++i)
+        ASSERT_LT(set.ranges()[i - 1].end(), set.ranges()[i].first()) << "ranges that touch are one";
       ASSERT_EQ(set.page_count(), expected.size());
       ASSERT_EQ(set.empty(), expected.empty());
       const auto lower = expected.lower_bound(range.first().value());
