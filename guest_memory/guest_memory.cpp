@@ -1,10 +1,12 @@
 module;
 #include <algorithm>
 #include <chrono>
+#include <cstddef>
 #include <expected>
 #include <memory>
 #include <mutex>
 #include <optional>
+#include <span>
 #include <utility>
 #include <vector>
 module cppvmm.guest_memory:guest_memory.impl;
@@ -19,6 +21,7 @@ import :guest_memory;
 import :memory_map;
 import :page_evidence;
 import :page_set;
+import :published_map;
 import :region;
 import :region_evidence;
 import :region_use;
@@ -31,9 +34,10 @@ import :write_watch;
 namespace cppvmm {
 
 struct GuestMemory::State {
-  mutable std::mutex mutex; // of the map
-  std::shared_ptr<const MemoryMap> map;
-  mutable std::mutex marks_mutex; // held through discards, and taken before the other one
+  explicit State(MemoryMap first) : map(std::move(first)) {}
+
+  PublishedMap map;
+  mutable std::mutex marks_mutex; // held through discards
   TouchedMap marks;               // bounded, for a guest may decide where devices write
   // Held while a watch or log begins or ends, which can take as long as reading all memory.
   std::mutex changing_writes;
@@ -47,10 +51,6 @@ struct GuestMemory::State {
   [[nodiscard]] WriteKnowledge known_writes() const {
     const std::lock_guard lock(writes_mutex);
     return writes;
-  }
-  [[nodiscard]] std::shared_ptr<const MemoryMap> snapshot() const {
-    const std::lock_guard lock(mutex);
-    return map;
   }
   void forget_writes();
 };
@@ -75,7 +75,7 @@ void GuestMemory::State::forget_writes() {
   std::shared_ptr<const MemoryMap> current;
   const std::lock_guard lock(writes_mutex);
   // As it is now, and not as it was when this was called: of two changes, the later one may come here first.
-  current = snapshot();
+  current = map.snapshot();
   const auto is_gone = [&](const Region& region) {
     return std::ranges::find(current->regions(), region) == current->regions().end();
   };
@@ -94,43 +94,42 @@ void GuestMemory::State::forget_writes() {
 }
 
 GuestMemory::GuestMemory() : GuestMemory(MemoryMap()) {}
-GuestMemory::GuestMemory(MemoryMap map) : state_(std::make_unique<State>()) {
-  state_->map = std::make_shared<const MemoryMap>(std::move(map));
-}
+GuestMemory::GuestMemory(MemoryMap map) : state_(std::make_unique<State>(std::move(map))) {}
 GuestMemory::~GuestMemory() = default;
 
-std::shared_ptr<const MemoryMap> GuestMemory::snapshot() const { return state_->snapshot(); }
+std::shared_ptr<const MemoryMap> GuestMemory::snapshot() const { return state_->map.snapshot(); }
+
+MemoryResult<void> GuestMemory::read(GuestAddress address, std::span<std::byte> into) const {
+  const PublishedMap::Reader map(state_->map);
+  return map->read(address, into);
+}
+
+MemoryResult<void> GuestMemory::write(GuestAddress address, std::span<const std::byte> from) const {
+  const PublishedMap::Reader map(state_->map);
+  return map->write(address, from);
+}
+
+MemoryResult<void> GuestMemory::load(GuestAddress address, std::span<const std::byte> from) const {
+  const PublishedMap::Reader map(state_->map);
+  return map->load(address, from);
+}
 
 void GuestMemory::replace(MemoryMap map) {
-  auto next = std::make_shared<const MemoryMap>(std::move(map));
-  {
-    const std::lock_guard lock(state_->mutex);
-    state_->map.swap(next);
-  }
+  static_cast<void>(state_->map.change([&](const MemoryMap&) -> MemoryResult<MemoryMap> { return std::move(map); }));
   state_->forget_writes();
-  // What was replaced goes here, outside the lock: unmapping its regions can take long.
 }
 
 MemoryResult<void> GuestMemory::add_region(Region region) {
-  const std::lock_guard lock(state_->mutex);
-  auto next = state_->map->with(std::move(region));
-  if (!next) return std::unexpected(next.error());
-  state_->map = std::make_shared<const MemoryMap>(std::move(*next));
+  const auto previous = state_->map.change([&](const MemoryMap& current) { return current.with(std::move(region)); });
+  if (!previous) return std::unexpected(previous.error());
   return {};
 }
 
 MemoryResult<RegionUse> GuestMemory::remove_region(GuestAddress start) {
-  std::optional<RegionUse> use;
-  std::shared_ptr<const MemoryMap> previous;
-  {
-    const std::lock_guard lock(state_->mutex);
-    auto next = state_->map->without(start);
-    if (!next) return std::unexpected(next.error());
-    use = state_->map->find(start)->use();
-    previous = std::exchange(state_->map, std::make_shared<const MemoryMap>(std::move(*next)));
-  }
+  const auto previous = state_->map.change([&](const MemoryMap& current) { return current.without(start); });
+  if (!previous) return std::unexpected(previous.error());
   state_->forget_writes();
-  return *use;
+  return (*previous)->find(start)->use();
 }
 
 /// The regions of RAM whose writes are to be known: one that starts there.

@@ -1,6 +1,7 @@
 module;
 #include <cstddef>
 #include <cstdint>
+#include <expected>
 #include <memory>
 #include <span>
 export module cppvmm.guest_memory:guest_memory;
@@ -37,23 +38,20 @@ public:
   /// before go on in it. not_backed where no region starts at `start`.
   [[nodiscard]] MemoryResult<RegionUse> remove_region(GuestAddress start);
 
-  /// Accesses to the current map; see MemoryMap.
-  [[nodiscard]] MemoryResult<void> read(GuestAddress address, std::span<std::byte> into) const {
-    return snapshot()->read(address, into);
-  }
-  [[nodiscard]] MemoryResult<void> write(GuestAddress address, std::span<const std::byte> from) const {
-    return snapshot()->write(address, from);
-  }
-  [[nodiscard]] MemoryResult<void> load(GuestAddress address, std::span<const std::byte> from) const {
-    return snapshot()->load(address, from);
-  }
+  /// Accesses to the current map; see MemoryMap. They take no lock and share no counter with other threads.
+  [[nodiscard]] MemoryResult<void> read(GuestAddress address, std::span<std::byte> into) const;
+  [[nodiscard]] MemoryResult<void> write(GuestAddress address, std::span<const std::byte> from) const;
+  [[nodiscard]] MemoryResult<void> load(GuestAddress address, std::span<const std::byte> from) const;
   template <GuestValue T>
   [[nodiscard]] MemoryResult<T> read_value(GuestAddress address) const {
-    return snapshot()->read_value<T>(address);
+    T value{};
+    if (auto done = read(address, std::as_writable_bytes(std::span(&value, 1))); !done)
+      return std::unexpected(done.error());
+    return value;
   }
   template <GuestValue T>
   [[nodiscard]] MemoryResult<void> write_value(GuestAddress address, const T& value) const {
-    return snapshot()->write_value(address, value);
+    return write(address, std::as_bytes(std::span(&value, 1)));
   }
 
   /// Declares pages touched that the kernel's books may not show, such as those written by device DMA that bypasses

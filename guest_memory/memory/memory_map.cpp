@@ -67,8 +67,23 @@ MemoryResult<MemoryMap> MemoryMap::make(std::vector<Region> regions) {
                                        .length = second->bytes(),
                                        .operation = "MemoryMap::make: RAM that another region has already"});
   MemoryMap map;
-  map.regions_ = std::move(regions);
+  map.set_regions(std::move(regions));
   return map;
+}
+
+void MemoryMap::set_regions(std::vector<Region> regions) {
+  places_.clear();
+  places_.reserve(regions.size());
+  largest_ = 0;
+  for (const Region& region : regions) {
+    places_.push_back({.first = region.start().value(),
+                       .bytes = region.bytes(),
+                       .host = static_cast<std::byte*>(region.host_address()),
+                       .is_adopted = region.is_adopted(),
+                       .is_rom = region.kind() == RegionKind::rom});
+    if (places_.back().bytes > places_[largest_].bytes) largest_ = places_.size() - 1;
+  }
+  regions_ = std::move(regions);
 }
 
 MemoryResult<MemoryMap> MemoryMap::with(Region region) const {
@@ -82,17 +97,32 @@ MemoryResult<MemoryMap> MemoryMap::without(GuestAddress start) const {
   if (region == nullptr || region->start() != start)
     return std::unexpected(
         MemoryError{.code = MemoryErrc::not_backed, .address = start.value(), .operation = "MemoryMap::without"});
-  MemoryMap map = *this;
-  map.regions_.erase(map.regions_.begin() + (region - regions_.data()));
+  std::vector<Region> rest = regions_;
+  rest.erase(rest.begin() + (region - regions_.data()));
+  MemoryMap map;
+  map.set_regions(std::move(rest));
   return map;
 }
 
+const MemoryMap::Place* MemoryMap::place_of(std::uint64_t address) const {
+  if (places_.empty()) return nullptr;
+  const Place& largest = places_[largest_];
+  if (address - largest.first < largest.bytes) return &largest;
+  const auto after = std::ranges::upper_bound(places_, address, {}, &Place::first);
+  if (after == places_.begin()) return nullptr;
+  const Place& place = *std::prev(after);
+  return address - place.first < place.bytes ? &place : nullptr;
+}
+
+const MemoryMap::Place* MemoryMap::plain_place(GuestAddress address, std::uint64_t bytes) const {
+  const Place* place = place_of(address.value());
+  if (place == nullptr || bytes > place->bytes - (address.value() - place->first)) return nullptr;
+  return reach_of(place->is_adopted) == GuestReach::plain ? place : nullptr;
+}
+
 const Region* MemoryMap::find(GuestAddress address) const {
-  const auto after = std::ranges::upper_bound(regions_, address.page(), {},
-                                              [](const Region& region) { return region.pages().first(); });
-  if (after == regions_.begin()) return nullptr;
-  const Region& region = *std::prev(after);
-  return region.pages().contains(address) ? &region : nullptr;
+  const Place* place = place_of(address.value());
+  return place == nullptr ? nullptr : &regions_[static_cast<std::size_t>(place - places_.data())];
 }
 
 PageSet MemoryMap::pages(RegionKind kind) const {
@@ -133,7 +163,12 @@ MemoryResult<void> MemoryMap::for_each_part(GuestAddress address, std::uint64_t 
   return {};
 }
 
+// Most accesses are to bytes that are there. What is not, the other way tells why.
+
 MemoryResult<void> MemoryMap::read(GuestAddress address, std::span<std::byte> into) const {
+  if (const Place* place = plain_place(address, into.size()))
+    if (load_from_guest(into.data(), place->host + (address.value() - place->first), into.size()) == into.size())
+      return {};
   return for_each_part(address, into.size(), Access::read, "MemoryMap::read",
                        [&](const Region& region, const std::byte* host, std::uint64_t done, std::uint64_t part) {
                          return copy_from_guest(reach_of(region.is_adopted()), into.data() + done, host, part);
@@ -141,6 +176,11 @@ MemoryResult<void> MemoryMap::read(GuestAddress address, std::span<std::byte> in
 }
 
 MemoryResult<void> MemoryMap::write(GuestAddress address, std::span<const std::byte> from) const {
+  if (const Place* place = plain_place(address, from.size()); place != nullptr && !place->is_rom) {
+    const std::uint64_t offset = address.value() - place->first;
+    regions_[static_cast<std::size_t>(place - places_.data())].record_write(offset, from.size());
+    if (store_to_guest(place->host + offset, from.data(), from.size()) == from.size()) return {};
+  }
   return for_each_part(address, from.size(), Access::write, "MemoryMap::write",
                        [&](const Region& region, std::byte* host, std::uint64_t done, std::uint64_t part) {
                          return copy_to_guest(reach_of(region.is_adopted()), host, from.data() + done, part);

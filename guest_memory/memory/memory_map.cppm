@@ -87,10 +87,24 @@ public:
 
 private:
   enum class Access : std::uint8_t { read, write, check_write, load };
+  /// What an access needs of a region, beside those of the others.
+  struct Place {
+    std::uint64_t first = 0; ///< Guest-physical address.
+    std::uint64_t bytes = 0;
+    std::byte* host = nullptr;
+    bool is_adopted = false;
+    bool is_rom = false;
+  };
+  void set_regions(std::vector<Region> regions);
+  [[nodiscard]] const Place* place_of(std::uint64_t address) const;
+  /// Where the bytes are, if they are all of one region that is accessed by loads and stores; else null.
+  [[nodiscard]] const Place* plain_place(GuestAddress address, std::uint64_t bytes) const;
   template <class Copy>
   [[nodiscard]] MemoryResult<void> for_each_part(GuestAddress address, std::uint64_t bytes, Access access,
                                                  const char* operation, Copy copy) const;
   std::vector<Region> regions_;
+  std::vector<Place> places_; // of the regions, in their order
+  std::size_t largest_ = 0;   // which most accesses are to
 };
 
 } // namespace cppvmm

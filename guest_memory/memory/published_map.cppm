@@ -1,0 +1,76 @@
+module;
+#include <atomic>
+#include <expected>
+#include <memory>
+#include <mutex>
+#include <utility>
+#include <vector>
+module cppvmm.guest_memory:published_map;
+import :error;
+import :memory_map;
+
+namespace cppvmm {
+
+/// A memory map that is read without a lock or a counter that others write, and replaced whole. Who reads says in the
+/// slot of its own thread which map that is; who replaces one keeps it until no slot names it, and leaves what is named
+/// still to the reader, who notices that its map is no longer the current one. (Hazard pointers: M. M. Michael, IEEE
+/// Transactions on Parallel and Distributed Systems 15(6), 2004.)
+///
+/// Safe to use from any thread.
+class PublishedMap {
+public:
+  explicit PublishedMap(MemoryMap map);
+  PublishedMap(const PublishedMap&) = delete;
+  PublishedMap& operator=(const PublishedMap&) = delete;
+  ~PublishedMap() = default;
+
+  /// The current map, which stays while a Reader lives: in the thread that made it, and no longer than its
+  /// PublishedMap.
+  class Reader {
+  public:
+    explicit Reader(const PublishedMap& published);
+    Reader(const Reader&) = delete;
+    Reader& operator=(const Reader&) = delete;
+    ~Reader();
+    const MemoryMap& operator*() const { return *map_; }
+    const MemoryMap* operator->() const { return map_; }
+
+  private:
+    const PublishedMap& published_;
+    std::atomic<const MemoryMap*>* slot_;
+    const MemoryMap* map_ = nullptr;
+    std::shared_ptr<const MemoryMap> kept_; // without a slot
+  };
+
+  [[nodiscard]] std::shared_ptr<const MemoryMap> snapshot() const;
+
+  /// Publishes what `next` makes of the current map, and returns the one before; or what `next` refuses with. Changes
+  /// do not lose each other.
+  template <class Next>
+  [[nodiscard]] MemoryResult<std::shared_ptr<const MemoryMap>> change(Next next) {
+    Maps unread; // its regions are unmapped after the lock
+    const std::lock_guard lock(mutex_);
+    MemoryResult<MemoryMap> map = next(*owner_);
+    if (!map) return std::unexpected(map.error());
+    return publish(std::make_shared<const MemoryMap>(std::move(*map)), unread);
+  }
+
+private:
+  using Maps = std::vector<std::shared_ptr<const MemoryMap>>;
+
+  /// With the lock.
+  [[nodiscard]] std::shared_ptr<const MemoryMap> publish(std::shared_ptr<const MemoryMap> next, Maps& unread);
+  /// Takes those out of the retired ones that nobody reads.
+  void take_unread(Maps& unread) const;
+  /// For a reader whose map was replaced meanwhile.
+  void let_go() const noexcept;
+
+  mutable std::mutex mutex_; // of the owner and the retired ones
+  std::shared_ptr<const MemoryMap> owner_;
+  mutable Maps retired_;
+  std::atomic<const MemoryMap*> current_;
+  /// Whether who replaces a map can have all threads pass a barrier, so that readers need none.
+  const bool is_asymmetric_;
+};
+
+} // namespace cppvmm
