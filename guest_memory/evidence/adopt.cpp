@@ -115,8 +115,9 @@ MemoryResult<Region> Region::adopt(GuestAddress start, const AdoptedMemory& memo
       traits.has_file != (memory.fd >= 0))
     return refuse_region(MemoryErrc::invalid_argument, start, memory.bytes, "Region::adopt");
   if (auto fits = check_backing(
-          {.fd = memory.fd, .offset = memory.fd_offset, .host = memory.host_address, .bytes = memory.bytes}, backing,
-          kind);
+          {.memory = {.fd = memory.fd, .offset = memory.fd_offset, .host = memory.host_address, .bytes = memory.bytes},
+           .backing = backing,
+           .kind = kind});
       !fits)
     return std::unexpected(fits.error());
   auto mapping = std::make_shared<Mapping>();

@@ -1,15 +1,19 @@
 module;
 #include <cerrno>
+#include <cstddef>
 #include <cstdint>
 #include <expected>
 #include <functional>
 #include <linux/magic.h>
 #include <optional>
+#include <span>
 #include <string>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <sys/sysmacros.h>
 #include <sys/vfs.h>
+#include <utility>
+#include <vector>
 module cppvmm.guest_memory:backing_check.impl;
 import :address;
 import :backing;
@@ -110,62 +114,122 @@ static std::optional<ListedFile> listed_file(int fd) {
   return walked ? file : std::nullopt;
 }
 
-MemoryResult<void> check_backing(const FileMapping& mapped, Backing backing, RegionKind kind, SeenPages* seen) {
-  const auto start = reinterpret_cast<std::uintptr_t>(mapped.host);
-  const auto refuse = [&](MemoryErrc code, const char* operation, int os_error = 0) {
-    return std::unexpected(MemoryError{
-        .code = code, .address = start, .length = mapped.bytes, .os_error = os_error, .operation = operation});
-  };
-
-  struct stat file{};
-  const BackingTraits traits = traits_of(backing);
-  if (traits.has_file) {
-    struct statfs system{};
-    if (fstat(mapped.fd, &file) != 0 || fstatfs(mapped.fd, &system) != 0)
-      return refuse(MemoryErrc::os, "fstat of the adopted file", errno);
-    if (!fits_file_system(backing, system.f_type, S_ISBLK(file.st_mode)))
-      return refuse(MemoryErrc::wrong_nature, "adopted file is of another kind of file system");
-    const auto size = file_bytes(mapped.fd);
-    if (!size) return refuse(MemoryErrc::os, "size of the adopted file", size.error());
-    if (mapped.offset > *size || mapped.bytes > *size - mapped.offset)
-      return refuse(MemoryErrc::wrong_nature, "adopted file ends before the region");
+/// One look at the mappings of some memory.
+class BackingCheck {
+public:
+  explicit BackingCheck(const StatedMemory& stated)
+      : stated_(stated), traits_(traits_of(stated.backing)),
+        start_(reinterpret_cast<std::uintptr_t>(stated.memory.host)) {
+    if (traits_.has_file) look_at_file();
   }
 
-  std::optional<ListedFile> listed;
-  const auto is_of_file = [&](const ProcMapping& mapping) {
-    if (backing == Backing::guest_memfd && mapping.path.find("[kvm-gmem]") == std::string::npos) return false;
-    if (listed) return mapping.inode != 0 && file_of(mapping) == *listed;
-    return mapping.inode == file.st_ino && mapping.device_major == major(file.st_dev) &&
-           mapping.device_minor == minor(file.st_dev);
-  };
-  bool fits = true;
-  const auto look = [&](const ProcMapping& mapping) {
-    if (seen != nullptr) {
+  [[nodiscard]] MappedPart part() const { return {.start = start_, .bytes = stated_.memory.bytes}; }
+  /// Begins anew, going by how mappings of the file are listed.
+  void expect(ListedFile listed) {
+    listed_ = std::move(listed);
+    fits_ = true;
+  }
+  /// Of each mapping that overlaps it.
+  void look(const ProcMapping& mapping) {
+    if (SeenPages* const seen = stated_.seen) {
       seen->has_huge = seen->has_huge || mapping.has_huge_pages;
       seen->may_get_huge = seen->may_get_huge || mapping.may_get_huge_pages;
       seen->has_given_up = seen->has_given_up || mapping.has_given_up_pages;
     }
-    fits = mapping.is_readable && (mapping.is_writable || kind == RegionKind::rom);
-    if (backing == Backing::unknown) return fits;
-    fits = fits && !mapping.is_filled_on_demand;
-    if (!traits.has_file)
-      fits = fits && fits_without_file(backing, mapping);
-    else if (!is_replaced(backing, mapping))
-      // File offset and address advance together, so that one comparison modulo 2^64 covers either order of starts.
-      fits = fits && mapping.is_private == traits.is_private && is_of_file(mapping) &&
-             mapping.offset - mapping.start == mapped.offset - start;
-    return fits;
-  };
-  auto walked = for_each_mapping(start, mapped.bytes, look);
+    fits_ = fits_ && fits(mapping);
+  }
+  /// What the file alone tells, before any mapping.
+  [[nodiscard]] const std::optional<MemoryError>& refused() const { return refused_; }
+  [[nodiscard]] bool fits() const { return fits_; }
+  [[nodiscard]] MemoryError misfit() const { return error(MemoryErrc::wrong_nature, "compare with /proc/self/smaps"); }
+
+private:
+  [[nodiscard]] MemoryError error(MemoryErrc code, const char* operation, int os_error = 0) const {
+    return {
+        .code = code, .address = start_, .length = stated_.memory.bytes, .os_error = os_error, .operation = operation};
+  }
+  void look_at_file();
+  [[nodiscard]] bool is_of_file(const ProcMapping& mapping) const;
+  [[nodiscard]] bool fits(const ProcMapping& mapping) const;
+
+  const StatedMemory& stated_;
+  BackingTraits traits_;
+  std::uint64_t start_;
+  struct stat file_{};
+  std::optional<MemoryError> refused_;
+  std::optional<ListedFile> listed_;
+  bool fits_ = true;
+};
+
+void BackingCheck::look_at_file() {
+  const FileMapping& mapped = stated_.memory;
+  struct statfs system{};
+  if (fstat(mapped.fd, &file_) != 0 || fstatfs(mapped.fd, &system) != 0) {
+    refused_ = error(MemoryErrc::os, "fstat of the adopted file", errno);
+    return;
+  }
+  if (!fits_file_system(stated_.backing, system.f_type, S_ISBLK(file_.st_mode))) {
+    refused_ = error(MemoryErrc::wrong_nature, "adopted file is of another kind of file system");
+    return;
+  }
+  const auto size = file_bytes(mapped.fd);
+  if (!size)
+    refused_ = error(MemoryErrc::os, "size of the adopted file", size.error());
+  else if (mapped.offset > *size || mapped.bytes > *size - mapped.offset)
+    refused_ = error(MemoryErrc::wrong_nature, "adopted file ends before the region");
+}
+
+bool BackingCheck::is_of_file(const ProcMapping& mapping) const {
+  if (stated_.backing == Backing::guest_memfd && mapping.path.find("[kvm-gmem]") == std::string::npos) return false;
+  if (listed_) return mapping.inode != 0 && file_of(mapping) == *listed_;
+  return mapping.inode == file_.st_ino && mapping.device_major == major(file_.st_dev) &&
+         mapping.device_minor == minor(file_.st_dev);
+}
+
+bool BackingCheck::fits(const ProcMapping& mapping) const {
+  if (!mapping.is_readable || (!mapping.is_writable && stated_.kind != RegionKind::rom)) return false;
+  if (stated_.backing == Backing::unknown) return true;
+  if (mapping.is_filled_on_demand) return false;
+  if (!traits_.has_file) return fits_without_file(stated_.backing, mapping);
+  if (is_replaced(stated_.backing, mapping)) return true;
+  // File offset and address advance together, so that one comparison modulo 2^64 covers either order of starts.
+  return mapping.is_private == traits_.is_private && is_of_file(mapping) &&
+         mapping.offset - mapping.start == stated_.memory.offset - start_;
+}
+
+std::vector<std::optional<MemoryError>> check_backings(std::span<const StatedMemory> stated) {
+  std::vector<BackingCheck> checks;
+  checks.reserve(stated.size());
+  std::vector<MappedPart> parts;
+  parts.reserve(stated.size());
+  for (const StatedMemory& each : stated)
+    parts.push_back(checks.emplace_back(each).part());
+  auto results =
+      for_each_mapping_of(parts, [&](std::size_t part, const ProcMapping& mapping) { checks[part].look(mapping); });
   // On Linux 6.1, one line in some 700 of a file on overlayfs had another path than all others.
   constexpr int most_listings = 4;
-  for (int i = 0; i < most_listings && traits.is_on_disk && walked && !fits; ++i) {
-    listed = listed_file(mapped.fd);
-    if (!listed) break;
-    walked = for_each_mapping(start, mapped.bytes, look);
+  for (std::size_t i = 0; i < checks.size(); ++i) {
+    BackingCheck& check = checks[i];
+    if (check.refused()) {
+      results[i] = check.refused();
+      continue;
+    }
+    for (int listing = 0; listing < most_listings && !results[i] && !check.fits(); ++listing) {
+      if (!traits_of(stated[i].backing).is_on_disk) break;
+      auto listed = listed_file(stated[i].memory.fd);
+      if (!listed) break;
+      check.expect(std::move(*listed));
+      results[i] = for_each_mapping_of(std::span(&parts[i], 1), [&](std::size_t, const ProcMapping& mapping) {
+                     check.look(mapping);
+                   }).front();
+    }
+    if (!results[i] && !check.fits()) results[i] = check.misfit();
   }
-  if (!walked) return std::unexpected(walked.error());
-  if (!fits) return refuse(MemoryErrc::wrong_nature, "compare with /proc/self/smaps");
+  return results;
+}
+
+MemoryResult<void> check_backing(const StatedMemory& stated) {
+  if (auto refused = check_backings(std::span(&stated, 1)).front()) return std::unexpected(*refused);
   return {};
 }
 

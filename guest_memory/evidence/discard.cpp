@@ -285,7 +285,7 @@ MemoryResult<Discarded> discard_private_file(const DiscardTarget& target, PageRa
     }
     const int error = errno;
     // The process may have no mapping left to make, and what was there be as it was; kernels differ in what they undo.
-    if (!check_backing(target.memory, Backing::private_file, RegionKind::ram))
+    if (!check_backing({.memory = target.memory, .backing = Backing::private_file}))
       return refuse(target.memory, "mmap of anonymous memory over a file's", error);
   }
 

@@ -124,10 +124,20 @@ struct SeenPages {
   bool has_given_up = false; ///< Pages that the kernel may take away though they are in use, see ProcMapping.
 };
 
-/// Whether every page of the mapping is of the kind that its owner stated, accessible, and not for a userfaultfd
-/// handler to fill, by /proc/self/smaps; wrong_nature if not. Of memory of unknown kind, only the access is looked at.
-/// Adds to `seen`, if there is one, what else was seen of the memory.
-[[nodiscard]] MemoryResult<void> check_backing(const FileMapping& mapping, Backing backing, RegionKind kind,
-                                               SeenPages* seen = nullptr);
+/// Memory, and what its owner stated of it.
+struct StatedMemory {
+  FileMapping memory;
+  Backing backing = Backing::unknown;
+  RegionKind kind = RegionKind::ram;
+  /// What else was seen of it is added there, if there is one.
+  SeenPages* seen = nullptr;
+};
+
+/// Whether every page is of the kind that its owner stated, accessible, and not for a userfaultfd handler to fill, by
+/// /proc/self/smaps; wrong_nature if not. Of memory of unknown kind, only the access is looked at.
+[[nodiscard]] MemoryResult<void> check_backing(const StatedMemory& stated);
+
+/// The same of many, by one pass over the mappings of the process: nothing, or the error, of each.
+[[nodiscard]] std::vector<std::optional<MemoryError>> check_backings(std::span<const StatedMemory> stated);
 
 } // namespace cppvmm

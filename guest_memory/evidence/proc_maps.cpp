@@ -2,13 +2,18 @@ module;
 #include <algorithm>
 #include <array>
 #include <cerrno>
+#include <charconv>
 #include <cstddef>
 #include <cstdint>
-#include <cstdio>
 #include <expected>
 #include <functional>
+#include <optional>
+#include <span>
 #include <string>
 #include <string_view>
+#include <system_error>
+#include <utility>
+#include <vector>
 module cppvmm.guest_memory:proc_maps.impl;
 import :book_files;
 import :error;
@@ -18,7 +23,7 @@ namespace cppvmm {
 
 /// Calls `visit` for each line, without its newline, until it returns false; for none while another thread reads.
 /// `visit` must not read any other text of the kernel's.
-static MemoryResult<void> for_each_line(const std::function<bool(const char*)>& visit) {
+static MemoryResult<void> for_each_line(const std::function<bool(std::string_view)>& visit) {
   const auto failed = [&](const char* operation) {
     return std::unexpected(MemoryError{.code = MemoryErrc::os, .os_error = errno, .operation = operation});
   };
@@ -33,33 +38,56 @@ static MemoryResult<void> for_each_line(const std::function<bool(const char*)>& 
     text.append(buffer.data(), static_cast<std::size_t>(got));
     std::size_t begin = 0;
     for (std::size_t end = text.find('\n'); end != std::string::npos; end = text.find('\n', begin)) {
-      text[end] = '\0';
-      if (!visit(text.data() + begin)) return {};
+      if (!visit(std::string_view(text).substr(begin, end - begin))) return {};
       begin = end + 1;
     }
     text.erase(0, begin);
   }
 }
 
-static bool parse(const char* line, ProcMapping& mapping) {
-  unsigned long long start = 0;
-  unsigned long long end = 0;
-  unsigned long long offset = 0;
-  unsigned long long inode = 0;
-  char access[5] = {};
-  int path = 0;
-  if (std::sscanf(line, "%llx-%llx %4s %llx %x:%x %llu %n", &start, &end, access, &offset, &mapping.device_major,
-                  &mapping.device_minor, &inode, &path) != 7)
-    return false;
-  mapping.path = line + path;
-  mapping.start = start;
-  mapping.end = end;
-  mapping.is_readable = access[0] == 'r';
-  mapping.is_writable = access[1] == 'w';
-  mapping.is_private = access[3] == 'p';
-  mapping.offset = offset;
-  mapping.inode = inode;
+/// Takes a number off the text, of digits of the base.
+template <int base>
+static bool take_number(std::string_view& text, std::uint64_t& number) {
+  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), number, base);
+  text.remove_prefix(static_cast<std::size_t>(end - text.data()));
+  return error == std::errc();
+}
+
+static bool take(std::string_view& text, char expected) {
+  if (!text.starts_with(expected)) return false;
+  text.remove_prefix(1);
   return true;
+}
+
+/// All but the path, which is left: of the line that a mapping's record begins with. The names of the fields begin with
+/// capitals.
+static bool parse(std::string_view& line, ProcMapping& mapping) {
+  if (line.empty() || (line.front() >= 'A' && line.front() <= 'Z')) return false;
+  std::uint64_t major = 0;
+  std::uint64_t minor = 0;
+  if (!take_number<16>(line, mapping.start) || !take(line, '-') || !take_number<16>(line, mapping.end) ||
+      !take(line, ' ') || line.size() < 4)
+    return false;
+  mapping.is_readable = line[0] == 'r';
+  mapping.is_writable = line[1] == 'w';
+  mapping.is_private = line[3] == 'p';
+  line.remove_prefix(4);
+  if (!take(line, ' ') || !take_number<16>(line, mapping.offset) || !take(line, ' ') || !take_number<16>(line, major) ||
+      !take(line, ':') || !take_number<16>(line, minor) || !take(line, ' ') || !take_number<10>(line, mapping.inode))
+    return false;
+  mapping.device_major = static_cast<unsigned>(major);
+  mapping.device_minor = static_cast<unsigned>(minor);
+  line.remove_prefix(std::min(line.find_first_not_of(' '), line.size()));
+  return true;
+}
+
+/// The number after the name of a field.
+static std::optional<std::uint64_t> field(std::string_view line, std::string_view name) {
+  if (!line.starts_with(name)) return std::nullopt;
+  line.remove_prefix(name.size());
+  line.remove_prefix(std::min(line.find_first_not_of(' '), line.size()));
+  std::uint64_t number = 0;
+  return take_number<10>(line, number) ? std::optional(number) : std::nullopt;
 }
 
 /// Whether mappings that are listed in ascending order leave out nothing of the memory.
@@ -93,23 +121,26 @@ using MappingTest = std::function<bool(const ProcMapping&)>;
 static MemoryResult<void> walk(const MappingTest& wanted, const MappingTest& is_behind, const MappingTest& visit) {
   ProcMapping current;
   bool is_wanted = false;
-  return for_each_line([&](const char* line) {
+  return for_each_line([&](std::string_view line) {
     ProcMapping mapping;
-    if (parse(line, mapping)) {
+    if (std::string_view rest = line; parse(rest, mapping)) {
       is_wanted = wanted(mapping);
-      current = mapping;
+      if (is_wanted) {
+        mapping.path = rest;
+        current = std::move(mapping);
+        return !is_behind(current);
+      }
       return !is_behind(mapping);
     }
-    const std::string_view text(line);
-    unsigned long long kib = 0;
-    if (is_wanted && std::sscanf(line, "KernelPageSize: %llu kB", &kib) == 1) current.page_bytes = kib * 1024;
-    if (is_wanted && std::sscanf(line, "AnonHugePages: %llu kB", &kib) == 1) current.has_huge_pages = kib != 0;
-    if (is_wanted && std::sscanf(line, "THPeligible: %llu", &kib) == 1) current.may_get_huge_pages = kib != 0;
-    if (is_wanted && std::sscanf(line, "LazyFree: %llu kB", &kib) == 1) current.has_given_up_pages = kib != 0;
+    if (!is_wanted) return true;
+    if (const auto kib = field(line, "KernelPageSize:")) current.page_bytes = *kib * 1024;
+    if (const auto kib = field(line, "AnonHugePages:")) current.has_huge_pages = *kib != 0;
+    if (const auto yes = field(line, "THPeligible:")) current.may_get_huge_pages = *yes != 0;
+    if (const auto kib = field(line, "LazyFree:")) current.has_given_up_pages = *kib != 0;
     // The last line of a mapping's record. um is VM_UFFD_MISSING, ui VM_UFFD_MINOR, uw VM_UFFD_WP, dp VM_DROPPABLE
     // (Linux fs/proc/task_mmu.c).
-    if (!is_wanted || !text.starts_with("VmFlags:")) return true;
-    const auto has = [&](std::string_view flag) { return text.find(flag) != std::string_view::npos; };
+    if (!line.starts_with("VmFlags:")) return true;
+    const auto has = [&](std::string_view flag) { return line.find(flag) != std::string_view::npos; };
     current.is_filled_on_demand = has(" um") || has(" ui");
     current.is_held = current.is_filled_on_demand || has(" uw");
     current.has_given_up_pages = current.has_given_up_pages || has(" dp");
@@ -131,6 +162,68 @@ MemoryResult<void> for_each_mapping(std::uint64_t start, std::uint64_t bytes,
   return done && wants_more ? coverage.check() : done;
 }
 
+/// Which of many parts a mapping overlaps.
+class Parts {
+public:
+  explicit Parts(std::span<const MappedPart> parts) {
+    for (std::size_t i = 0; i < parts.size(); ++i)
+      parts_.push_back({.number = i, .start = parts[i].start, .end = parts[i].start + parts[i].bytes});
+    std::ranges::sort(parts_, {}, &Part::start);
+    std::uint64_t reach = 0;
+    for (Part& part : parts_)
+      part.reach = reach = std::max(reach, part.end);
+  }
+
+  [[nodiscard]] std::uint64_t end() const { return parts_.empty() ? 0 : parts_.back().reach; }
+
+  /// Calls `visit` with the number of each, until it returns true: whether it did.
+  template <class Visit>
+  bool find(const ProcMapping& mapping, Visit visit) const {
+    auto part = std::ranges::upper_bound(parts_, mapping.start, {}, &Part::reach);
+    for (; part != parts_.end() && part->start < mapping.end; ++part)
+      if (part->end > mapping.start && visit(part->number)) return true;
+    return false;
+  }
+
+private:
+  struct Part {
+    std::size_t number = 0;
+    std::uint64_t start = 0;
+    std::uint64_t end = 0;
+    std::uint64_t reach = 0; ///< The last end of this and of those before: parts may overlap.
+  };
+  std::vector<Part> parts_;
+};
+
+std::vector<std::optional<MemoryError>>
+for_each_mapping_of(std::span<const MappedPart> parts,
+                    const std::function<void(std::size_t part, const ProcMapping&)>& visit) {
+  const Parts sorted(parts);
+  std::vector<Coverage> coverages;
+  for (const MappedPart& part : parts)
+    coverages.emplace_back(part.start, part.bytes);
+  const auto walked =
+      walk([&](const ProcMapping& mapping) { return sorted.find(mapping, [](std::size_t) { return true; }); },
+           [&](const ProcMapping& mapping) { return mapping.start >= sorted.end(); },
+           [&](const ProcMapping& mapping) {
+             static_cast<void>(sorted.find(mapping, [&](std::size_t part) {
+               coverages[part].add(mapping);
+               visit(part, mapping);
+               return false;
+             }));
+             return true;
+           });
+  std::vector<std::optional<MemoryError>> results;
+  for (const Coverage& coverage : coverages) {
+    auto& result = results.emplace_back();
+    if (!walked)
+      result = walked.error();
+    else if (auto all = coverage.check(); !all)
+      result = all.error();
+  }
+  return results;
+}
+
 MemoryResult<void> for_each_mapping_of_process(const std::function<bool(const ProcMapping&)>& visit) {
   return walk([](const ProcMapping&) { return true; }, [](const ProcMapping&) { return false; }, visit);
 }
@@ -141,17 +234,18 @@ MemoryResult<std::uint64_t> sum_smaps(std::uint64_t start, std::uint64_t bytes,
   Coverage coverage(start, bytes);
   bool overlaps = false;
   bool reaches_beyond = false;
-  auto done = for_each_line([&](const char* line) {
+  auto done = for_each_line([&](std::string_view line) {
     ProcMapping mapping;
-    if (parse(line, mapping)) {
+    if (std::string_view rest = line; parse(rest, mapping)) {
       overlaps = coverage.overlaps(mapping);
       if (overlaps) coverage.add(mapping);
       if (overlaps && (mapping.start < start || mapping.end > start + bytes)) reaches_beyond = true;
       return !coverage.is_behind(mapping) && !reaches_beyond;
     }
-    char name[64];
-    unsigned long long kib = 0;
-    if (overlaps && std::sscanf(line, "%63[^:]: %llu kB", name, &kib) == 2 && wanted(name)) sum += kib * 1024;
+    if (!overlaps) return true;
+    const std::string_view name = line.substr(0, std::min(line.find(':'), line.size()));
+    if (!wanted(name)) return true;
+    if (const auto kib = field(line.substr(name.size()), ":")) sum += *kib * 1024;
     return true;
   });
   if (!done) return std::unexpected(done.error());

@@ -1,8 +1,12 @@
 module;
+#include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <optional>
+#include <span>
 #include <string>
 #include <string_view>
+#include <vector>
 module cppvmm.guest_memory:proc_maps;
 import :error;
 
@@ -41,6 +45,19 @@ struct ProcMapping {
 /// were visited, unless `visit` ended it, leave anything out.
 [[nodiscard]] MemoryResult<void> for_each_mapping(std::uint64_t start, std::uint64_t bytes,
                                                   const std::function<bool(const ProcMapping&)>& visit);
+
+/// Part of the memory whose mappings are looked for.
+struct MappedPart {
+  std::uint64_t start = 0;
+  std::uint64_t bytes = 0;
+};
+
+/// The same for many parts at once, which costs no more than one: `visit` is called with the number of each part that a
+/// mapping overlaps, of parts in any order. What each part has come to: nothing, or why its mappings were not all
+/// visited.
+[[nodiscard]] std::vector<std::optional<MemoryError>>
+for_each_mapping_of(std::span<const MappedPart> parts,
+                    const std::function<void(std::size_t part, const ProcMapping&)>& visit);
 
 /// The same for all mappings of the process, of which any may be left out, as there are always gaps between them.
 [[nodiscard]] MemoryResult<void> for_each_mapping_of_process(const std::function<bool(const ProcMapping&)>& visit);

@@ -1,12 +1,14 @@
 module;
 #include <algorithm>
 #include <cerrno>
+#include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <expected>
 #include <iterator>
 #include <linux/membarrier.h>
 #include <optional>
+#include <span>
 #include <sys/syscall.h>
 #include <unistd.h>
 #include <utility>
@@ -58,10 +60,6 @@ static RegionEvidence evidence_of_backing(const Region& region, EvidenceSource s
   return {};
 }
 
-static MemoryResult<void> look_at_mappings(const Region& region, SeenPages& seen) {
-  return check_backing(file_mapping(region), region.backing(), region.kind(), &seen);
-}
-
 static RegionEvidence nothing_for(const Region& region, MemoryErrc code, const char* operation, int os_error = 0) {
   RegionEvidence none;
   none.error = MemoryError{.code = code,
@@ -77,61 +75,137 @@ static bool is_looked_at_twice(const Region& region, const SeenPages& seen) {
   return traits.is_private && !traits.is_hugetlb && (seen.has_huge || seen.may_get_huge);
 }
 
-FirstLook first_look(const Region& region, EvidenceSource source) {
-  FirstLook look;
-  if (region.backing() == Backing::unknown) {
-    look.foreign.emplace();
-    return look;
-  }
-  if (auto stated = look_at_mappings(region, look.seen); !stated) {
-    look.foreign = stated.error();
-    return look;
-  }
-  // To take back a huge page that was given up by MADV_FREE, the kernel clears its entry, and sets it again where the
-  // page is in use after all (Linux 6.11, mm/huge_memory.c, __discard_anon_folio_pmd_locked). Who looks at page tables
-  // finds none meanwhile, for the lock is taken only where there is an entry (mm/pagewalk.c, walk_pmd_range). Once it
-  // has come to that, the page is in small pages, and given up no more: so it is found by another look, when that is
-  // over.
-  if (is_looked_at_twice(region, look.seen)) look.evidence = evidence_of_backing(region, source);
-  return look;
-}
-
-int wait_for_spin_locks() {
+/// Waits until whoever holds a spin lock now, of a page table for example, has let go of it: those are read-side
+/// critical sections of RCU. 0, or errno. Some 10 ms.
+static int wait_for_spin_locks() {
   // kernel/sched/membarrier.c: synchronize_rcu, where there is more than one CPU.
   return syscall(SYS_membarrier, MEMBARRIER_CMD_GLOBAL, 0, 0) == 0 ? 0 : errno;
 }
 
-RegionEvidence last_look(const Region& region, EvidenceSource source, FirstLook first, int waited) {
-  RegionEvidence refused;
-  refused.is_foreign = true;
-  if (first.foreign) {
-    if (region.backing() != Backing::unknown) refused.error = *first.foreign;
+using Clock = std::chrono::steady_clock;
+
+/// A region of RAM, and what the looks at it found.
+struct LookedAt {
+  const Region* region = nullptr;
+  SeenPages seen;
+  std::optional<MemoryError> foreign;  ///< Nothing may be concluded of the memory, and why.
+  bool is_twice = false;               ///< By what was seen before the first look.
+  std::optional<RegionEvidence> first; ///< Of memory that is looked at twice.
+  std::optional<RegionEvidence> evidence;
+  std::chrono::nanoseconds cost{};
+};
+
+/// Whether the memory of each is what its owner stated.
+static void look_at_mappings(std::span<LookedAt> looks) {
+  std::vector<StatedMemory> stated;
+  std::vector<LookedAt*> looked_at;
+  for (LookedAt& look : looks) {
+    if (look.foreign || look.region->backing() == Backing::unknown) continue;
+    looked_at.push_back(&look);
+    stated.push_back({.memory = file_mapping(*look.region),
+                      .backing = look.region->backing(),
+                      .kind = look.region->kind(),
+                      .seen = &look.seen});
+  }
+  if (stated.empty()) return;
+  auto refused = check_backings(stated);
+  for (std::size_t i = 0; i < looked_at.size(); ++i)
+    looked_at[i]->foreign = std::move(refused[i]);
+}
+
+/// What was found takes up so many ranges.
+static std::size_t range_count(const RegionEvidence& evidence) {
+  std::size_t ranges = 0;
+  for (const ExtentList& list : evidence.touched)
+    ranges += list.extents().size();
+  return ranges;
+}
+
+// To take back a huge page that was given up by MADV_FREE, the kernel clears its entry, and sets it again where the
+// page is in use after all (Linux 6.11, mm/huge_memory.c, __discard_anon_folio_pmd_locked). Who looks at page tables
+// finds none meanwhile, for the lock is taken only where there is an entry (mm/pagewalk.c, walk_pmd_range). Once it
+// has come to that, the page is in small pages, and given up no more: so it is found by another look, when that is
+// over.
+
+/// The evidence of as many as there is room for: how many.
+static std::size_t look_at_books(std::span<LookedAt> looks, EvidenceSource source) {
+  std::size_t ranges = 0;
+  std::size_t count = 0;
+  bool waits = false;
+  for (LookedAt& look : looks) {
+    ++count;
+    if (look.foreign || look.region->backing() == Backing::unknown) continue;
+    const auto begin = Clock::now();
+    look.is_twice = is_looked_at_twice(*look.region, look.seen);
+    auto& found = look.is_twice ? look.first : look.evidence;
+    found = evidence_of_backing(*look.region, source);
+    look.cost += Clock::now() - begin;
+    waits = waits || look.is_twice;
+    ranges += range_count(*found);
+    if (ranges >= ExtentList::default_limit) break;
+  }
+  if (!waits) return count;
+  const int waited = wait_for_spin_locks();
+  // Before anything else is done: nothing is noticed of what comes and goes between the two looks.
+  for (LookedAt& look : looks.first(count)) {
+    if (!look.is_twice) continue;
+    const auto begin = Clock::now();
+    look.evidence = waited == 0 ? evidence_of_backing(*look.region, source)
+                                : nothing_for(*look.region, MemoryErrc::os,
+                                              "membarrier between two looks at transparent huge pages", waited);
+    look.cost += Clock::now() - begin;
+  }
+  return count;
+}
+
+/// What became of the looks, when the mappings have been looked at once more.
+static RegionEvidence conclude(LookedAt& look) {
+  const Region& region = *look.region;
+  if (look.foreign || region.backing() == Backing::unknown) {
+    RegionEvidence refused;
+    refused.is_foreign = true;
+    refused.error = look.foreign;
     return refused;
   }
-  if (first.evidence && waited != 0)
-    return nothing_for(region, MemoryErrc::os, "membarrier between two looks at transparent huge pages", waited);
-  RegionEvidence evidence = evidence_of_backing(region, source);
-  if (auto after = look_at_mappings(region, first.seen); !after) {
-    refused.error = after.error();
-    return refused;
-  }
+  RegionEvidence evidence = std::move(*look.evidence);
   // Since Linux 7.2 at the latest, a huge page that is in use stays given up: the kernel may try again, at the second
   // look.
-  if (first.seen.has_huge && first.seen.has_given_up)
+  if (look.seen.has_huge && look.seen.has_given_up)
     return nothing_for(region, MemoryErrc::unavailable,
                        "survey of huge pages among memory that was given up by MADV_FREE");
-  if (!first.evidence && is_looked_at_twice(region, first.seen))
+  if (!look.is_twice && is_looked_at_twice(region, look.seen))
     return nothing_for(region, MemoryErrc::unavailable, "survey of memory that was given huge pages meanwhile");
-  if (!first.evidence || evidence.kind == Evidence::none) return evidence;
-  if (first.evidence->kind == Evidence::none) return std::move(*first.evidence);
-  std::ranges::move(first.evidence->touched, std::back_inserter(evidence.touched));
+  if (!look.first || evidence.kind == Evidence::none) return evidence;
+  if (look.first->kind == Evidence::none) return std::move(*look.first);
+  std::ranges::move(look.first->touched, std::back_inserter(evidence.touched));
   return evidence;
 }
 
+std::vector<KnownRegion> known_regions(std::span<const Region> regions, EvidenceSource source) {
+  std::vector<LookedAt> looks;
+  for (const Region& region : regions)
+    if (region.kind() == RegionKind::ram) looks.emplace_back().region = &region;
+  look_at_mappings(looks);
+  const auto done = std::span(looks).first(look_at_books(looks, source));
+  look_at_mappings(done);
+  std::vector<KnownRegion> known;
+  auto look = done.begin();
+  for (const Region& region : regions) {
+    // ROM is never reported, so nothing needs to be known of it.
+    const bool is_ram = region.kind() == RegionKind::ram;
+    if (is_ram && look == done.end()) break;
+    KnownRegion& each = known.emplace_back();
+    each.region = &region;
+    if (!is_ram) continue;
+    each.cost = look->cost;
+    each.evidence = conclude(*look);
+    ++look;
+  }
+  return known;
+}
+
 RegionEvidence region_evidence(const Region& region, EvidenceSource source) {
-  FirstLook first = first_look(region, source);
-  const int waited = first.evidence ? wait_for_spin_locks() : 0;
-  return last_look(region, source, std::move(first), waited);
+  return std::move(known_regions(std::span(&region, 1), source).front().evidence);
 }
 
 } // namespace cppvmm

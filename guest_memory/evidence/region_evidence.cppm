@@ -1,11 +1,9 @@
 module;
-#include <cstdint>
-#include <optional>
+#include <chrono>
+#include <span>
 #include <vector>
 module cppvmm.guest_memory:region_evidence;
-import :error;
 import :evidence;
-import :extents;
 import :page_evidence;
 import :region;
 
@@ -13,25 +11,21 @@ namespace cppvmm {
 
 [[nodiscard]] FileMapping file_mapping(const Region& region);
 
-/// What is known of a region of RAM by the kernel's books: whether the memory is what its owner stated is looked at
-/// before the books and after them, for someone may map something else there, or give missing pages to a userfaultfd,
-/// at any time. Memory that may have transparent huge pages is looked at twice, with a wait between that others share.
-/// So a survey takes its first looks, waits once, and takes the last ones.
-struct FirstLook {
-  std::optional<MemoryError> foreign; ///< Nothing may be concluded of the memory, and why.
-  SeenPages seen;
-  std::optional<RegionEvidence> evidence; ///< Of memory that is looked at twice.
+/// A region, and what is known of it by the kernel's books; nothing is looked up of ROM.
+struct KnownRegion {
+  const Region* region = nullptr;
+  RegionEvidence evidence;
+  std::chrono::nanoseconds cost{}; ///< Without what all regions share.
 };
-[[nodiscard]] FirstLook first_look(const Region& region, EvidenceSource source);
 
-/// Waits until whoever holds a spin lock now, of a page table for example, has let go of it: those are read-side
-/// critical sections of RCU. 0, or errno. Some 10 ms.
-[[nodiscard]] int wait_for_spin_locks();
+/// What is known of the first of the regions: of all, unless what was found of some takes too much room. At least one.
+///
+/// Whether the memory is what its owner stated is looked at before the books and after them, for someone may map
+/// something else there, or give missing pages to a userfaultfd, at any time: of all regions at once. Memory that may
+/// have transparent huge pages is looked at twice, with a wait between that all share.
+[[nodiscard]] std::vector<KnownRegion> known_regions(std::span<const Region> regions, EvidenceSource source);
 
-/// What became of the first look and another one; `waited`: what wait_for_spin_locks said between the two.
-[[nodiscard]] RegionEvidence last_look(const Region& region, EvidenceSource source, FirstLook first, int waited);
-
-/// All of it for one region.
+/// Of one region of RAM.
 [[nodiscard]] RegionEvidence region_evidence(const Region& region, EvidenceSource source);
 
 } // namespace cppvmm

@@ -60,6 +60,11 @@ void PageSet::add(const PageSet& other) {
     ranges_ = other.ranges_;
     return;
   }
+  if (ranges_.back().first() <= other.ranges_.front().first()) {
+    for (const PageRange& range : other.ranges_)
+      append(range.first(), range.end());
+    return;
+  }
   PageSet sum;
   sum.ranges_.reserve(ranges_.size() + other.ranges_.size());
   auto mine = ranges_.begin();

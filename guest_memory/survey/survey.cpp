@@ -174,7 +174,7 @@ static void check_content(PageSet& touched, const PageSet& whole, const Region& 
   }
   report.content->cost = Clock::now() - begin;
   // What was read has to be what the guest has.
-  if (!check_backing(memory, region.backing(), region.kind())) return;
+  if (!check_backing({.memory = memory, .backing = region.backing(), .kind = region.kind()})) return;
   touched = std::move(data);
   report.given_up_pages += scan.touched.given_up_pages();
 }
@@ -240,60 +240,20 @@ static void survey_region(const Region& region, const RegionEvidence& evidence, 
   survey.touched.add(touched);
 }
 
-/// A region, and what the looks at it found.
-struct LookedAt {
-  const Region* region = nullptr;
-  FirstLook first;
-  std::optional<RegionEvidence> evidence; ///< Of memory that was looked at twice.
-  Clock::duration cost{};
-};
-
-/// First looks at as many of the regions as one wait is for: all, unless what they found takes too much room.
-static std::vector<LookedAt> first_looks(std::span<const Region> regions, EvidenceSource source) {
-  std::vector<LookedAt> looks;
-  std::size_t ranges = 0;
-  for (const Region& region : regions) {
-    LookedAt& look = looks.emplace_back();
-    look.region = &region;
-    // ROM is never reported, so nothing needs to be known of it.
-    if (region.kind() != RegionKind::ram) continue;
-    const auto begin = Clock::now();
-    look.first = first_look(region, source);
-    look.cost = Clock::now() - begin;
-    if (!look.first.evidence) continue;
-    for (const ExtentList& list : look.first.evidence->touched)
-      ranges += list.extents().size();
-    if (ranges >= most_survey_ranges) break;
-  }
-  return looks;
-}
-
 Survey survey_map(const MemoryMap& map, const SurveyOptions& options, const WriteKnowledge& writes,
                   ContentBudget* budget) {
   Survey survey;
   for (std::span<const Region> rest = map.regions(); !rest.empty();) {
-    std::vector<LookedAt> looks = first_looks(rest, options.source);
-    rest = rest.subspan(looks.size());
-    const bool waits = std::ranges::any_of(looks, [](const LookedAt& look) { return look.first.evidence.has_value(); });
-    const int waited = waits ? wait_for_spin_locks() : 0;
-    // Before anything else is done: nothing is noticed of what comes and goes between the two looks.
-    for (LookedAt& look : looks) {
-      if (!look.first.evidence) continue;
-      const auto begin = Clock::now();
-      look.evidence = last_look(*look.region, options.source, std::move(look.first), waited);
-      look.cost += Clock::now() - begin;
-    }
-    for (LookedAt& look : looks) {
-      const Region& region = *look.region;
+    std::vector<KnownRegion> known = known_regions(rest, options.source);
+    rest = rest.subspan(known.size());
+    for (KnownRegion& each : known) {
+      const Region& region = *each.region;
       RegionSurvey report{.pages = region.pages(), .kind = region.kind(), .backing = region.backing()};
       if (region.kind() == RegionKind::ram) {
         const auto begin = Clock::now();
         survey.ram.add(region.pages());
-        const RegionEvidence evidence = look.evidence
-                                            ? *std::exchange(look.evidence, std::nullopt)
-                                            : last_look(region, options.source, std::move(look.first), waited);
-        survey_region(region, evidence, options, writes, budget, survey, report);
-        report.cost = look.cost + (Clock::now() - begin);
+        survey_region(region, std::exchange(each.evidence, {}), options, writes, budget, survey, report);
+        report.cost = each.cost + (Clock::now() - begin);
       }
       survey.regions.push_back(report);
       bound_ranges(survey);

@@ -56,6 +56,7 @@ export struct RegionSurvey {
   std::optional<MemoryError> error = std::nullopt;
   /// The look at the touched pages, where one was asked for and the memory is of the kind that was stated.
   std::optional<ContentCheckReport> content = std::nullopt;
+  /// Without what all regions share: the looks at the process's mappings, and a wait.
   std::chrono::nanoseconds cost{};
 };
 
