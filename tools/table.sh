@@ -12,7 +12,7 @@ case ${1:-} in
   '' | --lab)
     build release cppvmm-evidence-table
     "$program" || status=$?
-    if [[ ${1:-} == --lab ]]; then "$tools/lab.sh" --kernel all --timeout 3000 -- "$program" || status=$?; fi
+    if [[ ${1:-} == --lab ]]; then "$tools/lab.sh" --kernel all --numa 2 --timeout 3000 -- "$program" || status=$?; fi
     ;;
   --linux)
     # A kernel's own image and modules are its guest's.
