@@ -149,10 +149,11 @@ static ExtentList touched_list(const Region& region, const RegionEvidence& evide
     result.add({0, region.pages().count()});
     return result;
   }
-  PageSet pages;
+  std::vector<PageRange> ranges;
   for (const ExtentList& list : evidence.touched)
     for (const Extent& extent : list.extents())
-      pages.add(*PageRange::make(PageNumber(extent.first), extent.count));
+      ranges.push_back(*PageRange::make(PageNumber(extent.first), extent.count));
+  const PageSet pages = PageSet::of(std::move(ranges));
   for (const PageRange& range : pages.ranges())
     result.add({range.first().value(), range.count()});
   return result;

@@ -35,10 +35,12 @@ public:
   /// Publishes the current map with one region more, or less; concurrent changes do not lose each other.
   [[nodiscard]] MemoryResult<void> add_region(Region region);
   /// Who adopted the region's memory waits for the use to be over before unmapping it: accesses and surveys that began
-  /// before go on in it. not_backed where no region starts at `start`.
+  /// before go on in it. not_backed where no region starts at `start`. (Where membarrier(2) is refused that was allowed
+  /// when this object was made, the use is not over before a later change of the map for which it is allowed again.)
   [[nodiscard]] MemoryResult<RegionUse> remove_region(GuestAddress start);
 
-  /// Accesses to the current map; see MemoryMap. They take no lock and share no counter with other threads.
+  /// Accesses to the current map; see MemoryMap. They share no lock and no counter with other threads, but for one
+  /// whose map is replaced meanwhile, which may be the one to unmap its regions.
   [[nodiscard]] MemoryResult<void> read(GuestAddress address, std::span<std::byte> into) const;
   [[nodiscard]] MemoryResult<void> write(GuestAddress address, std::span<const std::byte> from) const;
   [[nodiscard]] MemoryResult<void> load(GuestAddress address, std::span<const std::byte> from) const;

@@ -56,7 +56,7 @@ struct BackingTraits {
   /// A page that reads zero stays so until someone writes it: not where dropping a page brings a file's data back,
   /// which is no write. And userfaultfd takes it.
   bool is_watchable = false;
-  /// Its evidence counts every entry in this process's page tables, whatever it is of.
+  /// Its evidence counts what has an entry of no page in this process's page tables, where an access is a signal.
   bool counts_entries = false;
 };
 

@@ -166,14 +166,14 @@ fault:
   return false;
 }
 
-std::uint64_t load_from_guest(std::byte* into, const std::byte* guest, std::uint64_t bytes) {
+static std::uint64_t load_from_guest(std::byte* into, const std::byte* guest, std::uint64_t bytes) {
   std::uint64_t done = 0;
   while (bytes - done >= block && load_block(into + done, guest + done))
     done += block;
   return done + load_words(into + done, guest + done, bytes - done);
 }
 
-std::uint64_t store_to_guest(std::byte* guest, const std::byte* from, std::uint64_t bytes) {
+static std::uint64_t store_to_guest(std::byte* guest, const std::byte* from, std::uint64_t bytes) {
   std::uint64_t done = 0;
   while (bytes - done >= block && store_block(guest + done, from + done))
     done += block;

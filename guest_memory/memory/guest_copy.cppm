@@ -23,14 +23,11 @@ struct GuestAccess {
   [[nodiscard]] MemoryErrc code() const;
 };
 
-/// By loads and stores, these are relaxed atomic accesses of the widest aligned size, up to 8 bytes: the guest accesses
-/// the memory at the same time.
+/// By loads and stores, these are relaxed atomic accesses of the widest aligned size, up to 8 bytes, and of 64 bytes
+/// and more for the most part of 16, aligned or not: the guest accesses the memory at the same time.
 [[nodiscard]] GuestAccess copy_from_guest(GuestReach reach, std::byte* into, const std::byte* guest,
                                           std::uint64_t bytes);
 [[nodiscard]] GuestAccess copy_to_guest(GuestReach reach, std::byte* guest, const std::byte* from, std::uint64_t bytes);
-/// The same of memory that is accessed by loads and stores: how many bytes went before the first that could not be had.
-[[nodiscard]] std::uint64_t load_from_guest(std::byte* into, const std::byte* guest, std::uint64_t bytes);
-[[nodiscard]] std::uint64_t store_to_guest(std::byte* guest, const std::byte* from, std::uint64_t bytes);
 /// Writes zeros.
 [[nodiscard]] GuestAccess clear_guest(GuestReach reach, std::byte* guest, std::uint64_t bytes);
 /// Whether the bytes could be written, by a store to each page that changes nothing.

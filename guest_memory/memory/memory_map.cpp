@@ -163,12 +163,23 @@ MemoryResult<void> MemoryMap::for_each_part(GuestAddress address, std::uint64_t 
   return {};
 }
 
-// Most accesses are to bytes that are there. What is not, the other way tells why.
+/// What became of an access to memory that is all of one region.
+static MemoryResult<void> result_of(const GuestAccess& access, GuestAddress address, std::uint64_t bytes,
+                                    const char* operation) {
+  if (access.error == 0) return {};
+  return std::unexpected(MemoryError{.code = access.code(),
+                                     .address = address.value() + access.done,
+                                     .length = bytes,
+                                     .completed = access.done,
+                                     .os_error = access.error,
+                                     .operation = operation});
+}
 
 MemoryResult<void> MemoryMap::read(GuestAddress address, std::span<std::byte> into) const {
   if (const Place* place = plain_place(address, into.size()))
-    if (load_from_guest(into.data(), place->host + (address.value() - place->first), into.size()) == into.size())
-      return {};
+    return result_of(
+        copy_from_guest(GuestReach::plain, into.data(), place->host + (address.value() - place->first), into.size()),
+        address, into.size(), "MemoryMap::read");
   return for_each_part(address, into.size(), Access::read, "MemoryMap::read",
                        [&](const Region& region, const std::byte* host, std::uint64_t done, std::uint64_t part) {
                          return copy_from_guest(reach_of(region.is_adopted()), into.data() + done, host, part);
@@ -179,7 +190,8 @@ MemoryResult<void> MemoryMap::write(GuestAddress address, std::span<const std::b
   if (const Place* place = plain_place(address, from.size()); place != nullptr && !place->is_rom) {
     const std::uint64_t offset = address.value() - place->first;
     regions_[static_cast<std::size_t>(place - places_.data())].record_write(offset, from.size());
-    if (store_to_guest(place->host + offset, from.data(), from.size()) == from.size()) return {};
+    return result_of(copy_to_guest(GuestReach::plain, place->host + offset, from.data(), from.size()), address,
+                     from.size(), "MemoryMap::write");
   }
   return for_each_part(address, from.size(), Access::write, "MemoryMap::write",
                        [&](const Region& region, std::byte* host, std::uint64_t done, std::uint64_t part) {

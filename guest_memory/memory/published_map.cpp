@@ -2,11 +2,11 @@ module;
 #include <algorithm>
 #include <atomic>
 #include <exception>
-#include <iterator>
 #include <linux/membarrier.h>
 #include <memory>
 #include <mutex>
 #include <new>
+#include <pthread.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #include <utility>
@@ -20,6 +20,8 @@ namespace cppvmm {
 /// Which map a thread reads just now. It is never freed, and serves another thread when its own has ended.
 struct alignas(64) ReadSlot {
   std::atomic<const MemoryMap*> map = nullptr;
+  /// Whose map: another's may come to lie where one was that is named a moment too long.
+  std::atomic<const PublishedMap*> owner = nullptr;
   std::atomic<bool> is_taken = true;
   ReadSlot* next = nullptr;
 };
@@ -50,8 +52,18 @@ struct SlotOfThread {
   }
 };
 
+/// In a forked child: of the other threads, which it does not have.
+static void clear_slots_of_others() {
+  for (ReadSlot* each = all_slots.load(std::memory_order_acquire); each != nullptr; each = each->next) {
+    if (each == own_slot) continue;
+    each->map.store(nullptr, std::memory_order_relaxed);
+    each->is_taken.store(false, std::memory_order_relaxed);
+  }
+}
+
 [[gnu::noinline]] static ReadSlot* first_slot() {
   if (is_ending) return nullptr;
+  [[maybe_unused]] static const int registered = pthread_atfork(nullptr, nullptr, clear_slots_of_others);
   static thread_local SlotOfThread at_end;
   static_cast<void>(&at_end);
   own_slot = take_slot();
@@ -59,10 +71,10 @@ struct SlotOfThread {
 }
 
 /// Null where there is none to be had, or the thread is reading already.
-static std::atomic<const MemoryMap*>* free_slot() {
+static ReadSlot* free_slot() {
   ReadSlot* slot = own_slot;
   if (slot == nullptr) slot = first_slot();
-  return slot == nullptr || slot->map.load(std::memory_order_relaxed) != nullptr ? nullptr : &slot->map;
+  return slot == nullptr || slot->map.load(std::memory_order_relaxed) != nullptr ? nullptr : slot;
 }
 
 /// Every thread of this process passes a full barrier meanwhile (kernel/sched/membarrier.c,
@@ -93,21 +105,23 @@ PublishedMap::Reader::Reader(const PublishedMap& published) : published_(publish
     map_ = kept_.get();
     return;
   }
+  slot_->owner.store(&published, std::memory_order_relaxed);
   map_ = published.current_.load(std::memory_order_acquire);
   for (;;) {
-    slot_->store(map_, std::memory_order_release);
+    slot_->map.store(map_, std::memory_order_release);
     reader_barrier(published.is_asymmetric_);
     const MemoryMap* const now = published.current_.load(std::memory_order_acquire);
     if (now == map_) return;
     map_ = now;
+    named_another_ = true;
   }
 }
 
 PublishedMap::Reader::~Reader() {
   if (slot_ == nullptr) return;
-  slot_->store(nullptr, std::memory_order_release);
+  slot_->map.store(nullptr, std::memory_order_release);
   reader_barrier(published_.is_asymmetric_);
-  if (published_.current_.load(std::memory_order_relaxed) != map_) published_.let_go();
+  if (named_another_ || published_.current_.load(std::memory_order_relaxed) != map_) published_.let_go();
 }
 
 std::shared_ptr<const MemoryMap> PublishedMap::snapshot() const {
@@ -120,26 +134,29 @@ std::shared_ptr<const MemoryMap> PublishedMap::publish(std::shared_ptr<const Mem
   unread.reserve(retired_.size() + 1);
   auto previous = std::exchange(owner_, std::move(next));
   current_.store(owner_.get(), std::memory_order_seq_cst);
-  retired_.push_back(previous);
+  retired_.push_back({.map = previous});
   take_unread(unread);
   return previous;
 }
 
 void PublishedMap::take_unread(Maps& unread) const {
-  if (retired_.empty()) return;
-  if (is_asymmetric_) {
-    // Who has passed no barrier may read any of them: they go with the next change.
-    if (!pass_barriers()) return;
-  } else {
-    std::atomic_thread_fence(std::memory_order_seq_cst);
-  }
-  const auto is_read = [](const std::shared_ptr<const MemoryMap>& map) {
+  const bool are_announced = std::ranges::all_of(retired_, &Retired::is_announced);
+  // Who has passed no barrier may read any of them: where it is refused, they go with a later change.
+  if (!are_announced && (!is_asymmetric_ || pass_barriers()))
+    for (Retired& each : retired_)
+      each.is_announced = true;
+  if (!is_asymmetric_) std::atomic_thread_fence(std::memory_order_seq_cst);
+  const auto is_kept = [this](const Retired& retired) {
+    if (!retired.is_announced) return true;
     for (const ReadSlot* each = all_slots.load(std::memory_order_acquire); each != nullptr; each = each->next)
-      if (each->map.load(std::memory_order_acquire) == map.get()) return true;
+      if (each->map.load(std::memory_order_acquire) == retired.map.get() &&
+          each->owner.load(std::memory_order_relaxed) == this)
+        return true;
     return false;
   };
-  const auto gone = std::ranges::partition(retired_, is_read);
-  std::ranges::move(gone, std::back_inserter(unread));
+  const auto gone = std::ranges::partition(retired_, is_kept);
+  for (Retired& each : gone)
+    unread.push_back(std::move(each.map));
   retired_.erase(gone.begin(), gone.end());
 }
 

@@ -11,10 +11,12 @@ import :memory_map;
 
 namespace cppvmm {
 
+struct ReadSlot;
+
 /// A memory map that is read without a lock or a counter that others write, and replaced whole. Who reads says in the
 /// slot of its own thread which map that is; who replaces one keeps it until no slot names it, and leaves what is named
-/// still to the reader, who notices that its map is no longer the current one. (Hazard pointers: M. M. Michael, IEEE
-/// Transactions on Parallel and Distributed Systems 15(6), 2004.)
+/// still to the reader, who notices at its end that a map it named is no longer the current one. (Hazard pointers: M.
+/// M. Michael, IEEE Transactions on Parallel and Distributed Systems 15(6), 2004.)
 ///
 /// Safe to use from any thread.
 class PublishedMap {
@@ -37,8 +39,9 @@ public:
 
   private:
     const PublishedMap& published_;
-    std::atomic<const MemoryMap*>* slot_;
+    ReadSlot* slot_;
     const MemoryMap* map_ = nullptr;
+    bool named_another_ = false;
     std::shared_ptr<const MemoryMap> kept_; // without a slot
   };
 
@@ -48,7 +51,7 @@ public:
   /// do not lose each other.
   template <class Next>
   [[nodiscard]] MemoryResult<std::shared_ptr<const MemoryMap>> change(Next next) {
-    Maps unread; // its regions are unmapped after the lock
+    Maps unread; // the regions of these are unmapped after the lock
     const std::lock_guard lock(mutex_);
     MemoryResult<MemoryMap> map = next(*owner_);
     if (!map) return std::unexpected(map.error());
@@ -57,6 +60,10 @@ public:
 
 private:
   using Maps = std::vector<std::shared_ptr<const MemoryMap>>;
+  struct Retired {
+    std::shared_ptr<const MemoryMap> map;
+    bool is_announced = false; ///< All threads have passed a barrier since: who reads it still has named it.
+  };
 
   /// With the lock.
   [[nodiscard]] std::shared_ptr<const MemoryMap> publish(std::shared_ptr<const MemoryMap> next, Maps& unread);
@@ -67,7 +74,7 @@ private:
 
   mutable std::mutex mutex_; // of the owner and the retired ones
   std::shared_ptr<const MemoryMap> owner_;
-  mutable Maps retired_;
+  mutable std::vector<Retired> retired_;
   std::atomic<const MemoryMap*> current_;
   /// Whether who replaces a map can have all threads pass a barrier, so that readers need none.
   const bool is_asymmetric_;

@@ -141,6 +141,13 @@ static void check_content(PageSet& touched, const PageSet& whole, const Region& 
                           RegionSurvey& report) {
   const auto begin = Clock::now();
   const FileMapping memory = file_mapping(region);
+  const StatedMemory stated{.memory = memory, .backing = region.backing(), .kind = region.kind()};
+  // The content of other regions may have been read since it was looked at last.
+  if (const auto fits = check_backing(stated); !fits) {
+    report.content.emplace().error = fits.error();
+    report.content->absent_pages = touched.page_count();
+    return;
+  }
   const std::vector<Extent> extents = extents_of(touched, region.pages());
   // Words are read one after the other: of a page that is written meanwhile, each may have been zero when it was read,
   // and the page never.
@@ -174,7 +181,7 @@ static void check_content(PageSet& touched, const PageSet& whole, const Region& 
   }
   report.content->cost = Clock::now() - begin;
   // What was read has to be what the guest has.
-  if (!check_backing({.memory = memory, .backing = region.backing(), .kind = region.kind()})) return;
+  if (!check_backing(stated)) return;
   touched = std::move(data);
   report.given_up_pages += scan.touched.given_up_pages();
 }

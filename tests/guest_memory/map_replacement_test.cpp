@@ -6,12 +6,16 @@
 #include <cstdio>
 #include <fcntl.h>
 #include <gtest/gtest.h>
+#include <iterator>
+#include <linux/filter.h>
+#include <linux/seccomp.h>
 #include <linux/userfaultfd.h>
 #include <memory>
 #include <optional>
 #include <poll.h>
 #include <span>
 #include <sys/ioctl.h>
+#include <sys/prctl.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
 #include <thread>
@@ -81,23 +85,68 @@ TEST(ReplacedMap, IsReadWholeByAllWhoBeganInTime) {
   std::printf("%d maps, %llu reads\n", replacements, static_cast<unsigned long long>(reads.load()));
 }
 
-TEST(ReplacedMap, IsGoneWhenNobodyReadsIt) {
+/// Removes a region that others access, and waits until nobody does: so many times.
+void remove_under_writers(int times) {
   GuestMemory memory(*MemoryMap::make({filled(1)}));
   std::atomic<bool> is_over = false;
   std::vector<std::jthread> writers;
-  for (int i = 0; i < 2; ++i)
+  for (int i = 0; i < 3; ++i)
     writers.emplace_back([&] {
       while (!is_over.load(std::memory_order_relaxed))
         static_cast<void>(memory.write_value(start, std::uint64_t{3}));
     });
-  for (int i = 0; i < 2000; ++i) {
+  for (int i = 0; i < times; ++i) {
     const auto use = memory.remove_region(start);
     ASSERT_TRUE(use);
-    // By whoever reads it last, though nobody changes the map again.
+    // It goes with whoever reads it last, though nobody changes the map again.
     use->wait();
     ASSERT_TRUE(memory.add_region(filled(1)));
   }
   is_over = true;
+}
+
+TEST(ReplacedMap, IsGoneWhenNobodyReadsIt) { remove_under_writers(5000); }
+
+/// Has membarrier(2) refused from now on: whether it is.
+bool refuse_membarrier() {
+  sock_filter steps[] = {
+      BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(seccomp_data, nr)),
+      BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, SYS_membarrier, 0, 1),
+      BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | EPERM),
+      BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW),
+  };
+  const sock_fprog filter{.len = std::size(steps), .filter = steps};
+  return prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0 && prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &filter) == 0;
+}
+
+/// In a forked child, whose exit status tells: 0.
+template <class Work>
+void expect_in_child(Work work) {
+  const pid_t child = fork();
+  ASSERT_GE(child, 0);
+  if (child == 0) _exit(work());
+  int status = -1;
+  ASSERT_EQ(waitpid(child, &status, 0), child);
+  EXPECT_EQ(status, 0);
+}
+
+TEST(ReplacedMap, IsGoneToWhereThereIsNoMembarrier) {
+  expect_in_child([] {
+    if (!refuse_membarrier()) return 2;
+    remove_under_writers(2000);
+    return testing::Test::HasFailure() ? 1 : 0;
+  });
+}
+
+// What was allowed when the memory was made, and is refused now, keeps what is replaced.
+TEST(ReplacedMap, StaysWhileMembarrierIsRefused) {
+  expect_in_child([] {
+    GuestMemory memory(*MemoryMap::make({filled(1)}));
+    if (memory.read_value<std::uint64_t>(start).value_or(0) != 1 || !refuse_membarrier()) return 2;
+    const auto use = memory.remove_region(start);
+    if (!use || use->is_over()) return 3;
+    return memory.add_region(filled(2)) && memory.read_value<std::uint64_t>(start).value_or(0) == 2 ? 0 : 4;
+  });
 }
 
 /// A userfaultfd of the test's, over memory that is missing.
@@ -161,17 +210,12 @@ TEST(ReplacedMap, StaysForAnAccessThatIsHeldUp) {
 TEST(ReplacedMap, IsReplacedInAForkedChildToo) {
   GuestMemory memory(*MemoryMap::make({filled(1)}));
   EXPECT_EQ(memory.read_value<std::uint64_t>(start).value_or(0), 1U);
-  const pid_t child = fork();
-  ASSERT_GE(child, 0);
-  if (child == 0) {
+  expect_in_child([&] {
     const auto use = memory.remove_region(start);
     const bool is_right = use && use->is_over() && memory.add_region(filled(2)) &&
                           memory.read_value<std::uint64_t>(start).value_or(0) == 2;
-    _exit(is_right ? 0 : 1);
-  }
-  int status = -1;
-  ASSERT_EQ(waitpid(child, &status, 0), child);
-  EXPECT_EQ(status, 0);
+    return is_right ? 0 : 1;
+  });
   EXPECT_EQ(memory.read_value<std::uint64_t>(start).value_or(0), 1U);
 }
 

@@ -58,7 +58,7 @@ END {
       names[program] = names[program] "\n  it ran no test"
       bad = 1
     }
-    of_label[label[program]] += passed[program]
+    of_label[label[program]] += passed[program] + failed[program]
     printf "%s %s: %d passed, %d failed, %d skipped; %d s%s\n", name, program, passed[program], failed[program],
       skipped[program], seconds[program], names[program]
     total_passed += passed[program]
