@@ -115,7 +115,7 @@ MemoryResult<void> GuestMemory::load(GuestAddress address, std::span<const std::
 }
 
 void GuestMemory::replace(MemoryMap map) {
-  static_cast<void>(state_->map.change([&](const MemoryMap&) -> MemoryResult<MemoryMap> { return std::move(map); }));
+  state_->map.replace(std::move(map));
   state_->forget_writes();
 }
 

@@ -178,7 +178,7 @@ public:
 
   /// Calls `visit` with the number of each, until it returns true: whether it did.
   template <class Visit>
-  bool find(const ProcMapping& mapping, Visit visit) const {
+  [[nodiscard]] bool find(const ProcMapping& mapping, Visit visit) const {
     auto part = std::ranges::upper_bound(parts_, mapping.start, {}, &Part::reach);
     for (; part != parts_.end() && part->start < mapping.end; ++part)
       if (part->end > mapping.start && visit(part->number)) return true;

@@ -108,9 +108,9 @@ static void look_at_mappings(std::span<LookedAt> looks) {
                       .seen = &look.seen});
   }
   if (stated.empty()) return;
-  auto refused = check_backings(stated);
+  const auto refused = check_backings(stated);
   for (std::size_t i = 0; i < looked_at.size(); ++i)
-    looked_at[i]->foreign = std::move(refused[i]);
+    looked_at[i]->foreign = refused[i];
 }
 
 /// What was found takes up so many ranges.

@@ -129,6 +129,13 @@ std::shared_ptr<const MemoryMap> PublishedMap::snapshot() const {
   return owner_;
 }
 
+void PublishedMap::replace(MemoryMap map) {
+  Maps unread;
+  auto next = std::make_shared<const MemoryMap>(std::move(map));
+  const std::lock_guard lock(mutex_);
+  static_cast<void>(publish(std::move(next), unread));
+}
+
 std::shared_ptr<const MemoryMap> PublishedMap::publish(std::shared_ptr<const MemoryMap> next, Maps& unread) {
   retired_.reserve(retired_.size() + 1);
   unread.reserve(retired_.size() + 1);
@@ -167,7 +174,7 @@ void PublishedMap::let_go() const noexcept {
     unread.reserve(retired_.size());
     take_unread(unread);
   } catch (const std::exception&) {
-    // No memory for the list: they go with the next change.
+    return; // No memory for the list: they go with the next change.
   }
 }
 

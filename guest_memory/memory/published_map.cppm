@@ -47,6 +47,7 @@ public:
 
   [[nodiscard]] std::shared_ptr<const MemoryMap> snapshot() const;
 
+  void replace(MemoryMap map);
   /// Publishes what `next` makes of the current map, and returns the one before; or what `next` refuses with. Changes
   /// do not lose each other.
   template <class Next>
