@@ -1,4 +1,5 @@
 module;
+#include <algorithm>
 #include <cerrno>
 #include <cstddef>
 #include <cstdint>
@@ -20,6 +21,7 @@ import :backing;
 import :error;
 import :evidence;
 import :file_data;
+import :holder_probe;
 import :page_evidence;
 import :proc_maps;
 import :unmap;
@@ -52,7 +54,7 @@ static bool fits_file_system(Backing backing, long type, bool is_device) {
   }
 }
 
-static bool fits_without_file(Backing backing, const ProcMapping& mapping) {
+static bool fits_without_file(Backing backing, const ListedMapping& mapping) {
   switch (backing) {
   case Backing::anonymous:
     return mapping.is_private && mapping.inode == 0;
@@ -67,11 +69,11 @@ static bool fits_without_file(Backing backing, const ProcMapping& mapping) {
 }
 
 /// Pages of a private file that were discarded: anonymous memory took their place.
-static bool is_replaced(Backing backing, const ProcMapping& mapping) {
+static bool is_replaced(Backing backing, const ListedMapping& mapping) {
   return backing == Backing::private_file && fits_without_file(Backing::anonymous, mapping);
 }
 
-/// What a mapping is of, by /proc/self/smaps.
+/// What a mapping is of, by the kernel's list.
 struct ListedFile {
   unsigned device_major = 0;
   unsigned device_minor = 0;
@@ -80,7 +82,7 @@ struct ListedFile {
   friend bool operator==(const ListedFile&, const ListedFile&) = default;
 };
 
-static ListedFile file_of(const ProcMapping& mapping) {
+static ListedFile file_of(const ListedMapping& mapping) {
   return {mapping.device_major, mapping.device_minor, mapping.inode, mapping.path};
 }
 
@@ -127,8 +129,9 @@ public:
   /// Begins anew, going by how mappings of the file are listed.
   void expect(ListedFile listed) {
     listed_ = std::move(listed);
-    fits_ = true;
+    start_over();
   }
+  void start_over() { fits_ = true; }
   /// Of each mapping that overlaps it.
   void look(const ProcMapping& mapping) {
     if (SeenPages* const seen = stated_.seen) {
@@ -136,12 +139,17 @@ public:
       seen->may_get_huge = seen->may_get_huge || mapping.may_get_huge_pages;
       seen->has_given_up = seen->has_given_up || mapping.has_given_up_pages;
     }
-    fits_ = fits_ && fits(mapping);
+    const bool is_for_others = stated_.backing != Backing::unknown && mapping.is_filled_on_demand;
+    fits_ = fits_ && !is_for_others && fits(mapping);
   }
+  /// The same, where nobody holds it.
+  void look_at_free(const ListedMapping& mapping) { fits_ = fits_ && fits(mapping); }
   /// What the file alone tells, before any mapping.
   [[nodiscard]] const std::optional<MemoryError>& refused() const { return refused_; }
   [[nodiscard]] bool fits() const { return fits_; }
-  [[nodiscard]] MemoryError misfit() const { return error(MemoryErrc::wrong_nature, "compare with /proc/self/smaps"); }
+  [[nodiscard]] MemoryError misfit() const {
+    return error(MemoryErrc::wrong_nature, "compare with the process's mappings");
+  }
 
 private:
   [[nodiscard]] MemoryError error(MemoryErrc code, const char* operation, int os_error = 0) const {
@@ -149,8 +157,8 @@ private:
         .code = code, .address = start_, .length = stated_.memory.bytes, .os_error = os_error, .operation = operation};
   }
   void look_at_file();
-  [[nodiscard]] bool is_of_file(const ProcMapping& mapping) const;
-  [[nodiscard]] bool fits(const ProcMapping& mapping) const;
+  [[nodiscard]] bool is_of_file(const ListedMapping& mapping) const;
+  [[nodiscard]] bool fits(const ListedMapping& mapping) const;
 
   const StatedMemory& stated_;
   BackingTraits traits_;
@@ -179,17 +187,16 @@ void BackingCheck::look_at_file() {
     refused_ = error(MemoryErrc::wrong_nature, "adopted file ends before the region");
 }
 
-bool BackingCheck::is_of_file(const ProcMapping& mapping) const {
+bool BackingCheck::is_of_file(const ListedMapping& mapping) const {
   if (stated_.backing == Backing::guest_memfd && mapping.path.find("[kvm-gmem]") == std::string::npos) return false;
   if (listed_) return mapping.inode != 0 && file_of(mapping) == *listed_;
   return mapping.inode == file_.st_ino && mapping.device_major == major(file_.st_dev) &&
          mapping.device_minor == minor(file_.st_dev);
 }
 
-bool BackingCheck::fits(const ProcMapping& mapping) const {
+bool BackingCheck::fits(const ListedMapping& mapping) const {
   if (!mapping.is_readable || (!mapping.is_writable && stated_.kind != RegionKind::rom)) return false;
   if (stated_.backing == Backing::unknown) return true;
-  if (mapping.is_filled_on_demand) return false;
   if (!traits_.has_file) return fits_without_file(stated_.backing, mapping);
   if (is_replaced(stated_.backing, mapping)) return true;
   // File offset and address advance together, so that one comparison modulo 2^64 covers either order of starts.
@@ -197,39 +204,77 @@ bool BackingCheck::fits(const ProcMapping& mapping) const {
          mapping.offset - mapping.start == stated_.memory.offset - start_;
 }
 
-std::vector<std::optional<MemoryError>> check_backings(std::span<const StatedMemory> stated) {
+/// Those whose mappings, as they are listed, are what was stated, and held by nobody. Of the others nothing is said.
+static std::vector<bool> fit_as_listed(std::span<const StatedMemory> stated, std::span<BackingCheck> checks,
+                                       std::span<const std::size_t> asked_for) {
+  std::vector<MappedPart> parts;
+  parts.reserve(asked_for.size());
+  for (const std::size_t each : asked_for)
+    parts.push_back(checks[each].part());
+  std::vector<std::vector<ListedMapping>> mappings(parts.size());
+  const auto listed = for_each_listed_mapping_of(
+      parts, [&](std::size_t part, const ListedMapping& mapping) { mappings[part].push_back(mapping); });
+  std::vector<bool> fit(parts.size());
+  HolderProbe probe;
+  for (std::size_t i = 0; i < parts.size(); ++i) {
+    BackingCheck& check = checks[asked_for[i]];
+    for (const ListedMapping& mapping : mappings[i])
+      check.look_at_free(mapping);
+    fit[i] = !listed[i] && check.fits() && std::ranges::all_of(mappings[i], [&](const ListedMapping& mapping) {
+      const bool is_last = mapping.end == parts[i].start + parts[i].bytes;
+      return mapping.is_writable && probe.is_free(mapping, is_last && stated[asked_for[i]].memory.ends_at_guard_file);
+    });
+    check.start_over();
+  }
+  return fit;
+}
+
+std::vector<std::optional<MemoryError>> check_backings(std::span<const StatedMemory> stated, EvidenceSource source) {
+  std::vector<std::optional<MemoryError>> results(stated.size());
   std::vector<BackingCheck> checks;
   checks.reserve(stated.size());
+  std::vector<std::size_t> listed;
+  std::vector<std::size_t> rest;
+  for (std::size_t i = 0; i < stated.size(); ++i) {
+    results[i] = checks.emplace_back(stated[i]).refused();
+    if (results[i]) continue;
+    const bool is_listed = source == EvidenceSource::automatic && traits_of(stated[i].backing).is_listed;
+    (is_listed ? listed : rest).push_back(i);
+  }
+  if (!listed.empty()) {
+    const std::vector<bool> fit = fit_as_listed(stated, checks, listed);
+    for (std::size_t i = 0; i < listed.size(); ++i)
+      if (!fit[i]) rest.push_back(listed[i]);
+  }
+  if (rest.empty()) return results;
   std::vector<MappedPart> parts;
-  parts.reserve(stated.size());
-  for (const StatedMemory& each : stated)
-    parts.push_back(checks.emplace_back(each).part());
-  auto results =
-      for_each_mapping_of(parts, [&](std::size_t part, const ProcMapping& mapping) { checks[part].look(mapping); });
+  parts.reserve(rest.size());
+  for (const std::size_t each : rest)
+    parts.push_back(checks[each].part());
+  const auto walked = for_each_mapping_of(
+      parts, [&](std::size_t part, const ProcMapping& mapping) { checks[rest[part]].look(mapping); });
   // On Linux 6.1, one line in some 700 of a file on overlayfs had another path than all others.
   constexpr int most_listings = 4;
-  for (std::size_t i = 0; i < checks.size(); ++i) {
-    BackingCheck& check = checks[i];
-    if (check.refused()) {
-      results[i] = check.refused();
-      continue;
+  for (std::size_t i = 0; i < rest.size(); ++i) {
+    BackingCheck& check = checks[rest[i]];
+    const StatedMemory& each = stated[rest[i]];
+    auto& result = results[rest[i]] = walked[i];
+    for (int listing = 0; listing < most_listings && !result && !check.fits(); ++listing) {
+      if (!traits_of(each.backing).is_on_disk) break;
+      auto file = listed_file(each.memory.fd);
+      if (!file) break;
+      check.expect(std::move(*file));
+      result = for_each_mapping_of(std::span(&parts[i], 1), [&](std::size_t, const ProcMapping& mapping) {
+                 check.look(mapping);
+               }).front();
     }
-    for (int listing = 0; listing < most_listings && !results[i] && !check.fits(); ++listing) {
-      if (!traits_of(stated[i].backing).is_on_disk) break;
-      auto listed = listed_file(stated[i].memory.fd);
-      if (!listed) break;
-      check.expect(std::move(*listed));
-      results[i] = for_each_mapping_of(std::span(&parts[i], 1), [&](std::size_t, const ProcMapping& mapping) {
-                     check.look(mapping);
-                   }).front();
-    }
-    if (!results[i] && !check.fits()) results[i] = check.misfit();
+    if (!result && !check.fits()) result = check.misfit();
   }
   return results;
 }
 
-MemoryResult<void> check_backing(const StatedMemory& stated) {
-  if (auto refused = check_backings(std::span(&stated, 1)).front()) return std::unexpected(*refused);
+MemoryResult<void> check_backing(const StatedMemory& stated, EvidenceSource source) {
+  if (auto refused = check_backings(std::span(&stated, 1), source).front()) return std::unexpected(*refused);
   return {};
 }
 

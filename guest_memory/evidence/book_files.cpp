@@ -6,6 +6,7 @@ module;
 #include <cstdio>
 #include <fcntl.h>
 #include <linux/ioctl.h>
+#include <linux/userfaultfd.h>
 #include <memory>
 #include <mutex>
 #include <pthread.h>
@@ -113,11 +114,21 @@ std::ptrdiff_t BookText::read(char* into, std::size_t size) {
 
 static Descriptor open_for_reading(const char* path) { return Descriptor(open(path, O_RDONLY | O_CLOEXEC)); }
 
-BookFile open_page_tables() {
+/// The kept one, or one that `open` opens.
+template <class Open>
+static BookFile open_file(KeptFile BookSet::* file, Open open) {
   if (auto set = kept())
-    if (const int number = set->page_tables.number(); number >= 0) return {std::move(set), number};
-  return BookFile(open_for_reading("/proc/self/pagemap"));
+    if (const int number = ((*set).*file).number(); number >= 0) return {std::move(set), number};
+  return BookFile(open());
 }
+
+BookFile open_page_tables() {
+  return open_file(&BookSet::page_tables, [] { return open_for_reading("/proc/self/pagemap"); });
+}
+BookFile open_mapping_list() {
+  return open_file(&BookSet::mapping_list, [] { return open_for_reading("/proc/self/maps"); });
+}
+BookFile open_probe() { return open_file(&BookSet::probe, make_probe); }
 
 static BookText open_text(KeptFile BookSet::* file, const char* path) {
   if (auto set = kept())
@@ -129,6 +140,7 @@ static BookText open_text(KeptFile BookSet::* file, const char* path) {
 }
 
 BookText open_mappings() { return open_text(&BookSet::mappings, "/proc/self/smaps"); }
+BookText open_mapping_list_text() { return open_text(&BookSet::mapping_list, "/proc/self/maps"); }
 BookText open_counts() { return open_text(&BookSet::counts, "/proc/thread-self/status"); }
 
 BookFile open_shared_memory(std::uint64_t start, std::uint64_t end, std::uint64_t device, std::uint64_t inode) {
@@ -168,6 +180,15 @@ Descriptor open_userfaultfd() {
   if (const Descriptor device(open("/dev/userfaultfd", O_RDWR | O_CLOEXEC)); device.is_open())
     own = Descriptor(ioctl(device.number(), make_one, flags));
   errno = refused;
+  return own;
+}
+
+Descriptor make_probe() {
+  Descriptor own = open_userfaultfd();
+  if (!own.is_open()) return own;
+  uffdio_api api{};
+  api.api = UFFD_API;
+  if (ioctl(own.number(), UFFDIO_API, &api) != 0) return {};
   return own;
 }
 

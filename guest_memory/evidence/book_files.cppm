@@ -61,8 +61,10 @@ struct BookSet {
   KeptFile descriptors;               ///< /proc/self/fd
   KeptFile shared_memory;             ///< /proc/self/map_files
   KeptFile userfaultfd;               ///< /dev/userfaultfd
+  KeptFile mapping_list;              ///< /proc/self/maps
+  KeptFile probe;                     ///< What open_probe gives.
   std::vector<KeptFile> shared_files; ///< Behind shared anonymous mappings.
-  std::array<int, 6> errors{};        ///< By KernelBook: why it is closed, errno.
+  std::array<int, 7> errors{};        ///< By KernelBook: why it is closed, errno.
   /// An open file of text has one place that it is read at, and what is read from the start again is made anew.
   mutable std::mutex reading;
   MemoryToken token;
@@ -116,6 +118,10 @@ void prepare_books_for_fork();
 [[nodiscard]] BookFile open_page_tables();
 /// /proc/self/smaps.
 [[nodiscard]] BookText open_mappings();
+/// /proc/self/maps, to ask for single mappings.
+[[nodiscard]] BookFile open_mapping_list();
+/// The same, to be read.
+[[nodiscard]] BookText open_mapping_list_text();
 /// /proc/thread-self/status: the first thread may have ended, and has no memory then. The kept one is the process's.
 [[nodiscard]] BookText open_counts();
 /// The file behind the shared anonymous mapping, for reading, by /proc/self/map_files.
@@ -127,5 +133,11 @@ void prepare_books_for_fork();
 /// /dev/userfaultfd (Linux 6.1) if that is kept, so that a process that may not call userfaultfd(2) does not; else by
 /// that call; else by the device.
 [[nodiscard]] Descriptor open_userfaultfd();
+
+/// A userfaultfd that is ready to be asked for registrations, which must all fail: it is used by everyone. One that is
+/// not kept costs a walk over all mappings of the process when it is closed.
+[[nodiscard]] BookFile open_probe();
+/// The same, which is nobody else's.
+[[nodiscard]] Descriptor make_probe();
 
 } // namespace cppvmm

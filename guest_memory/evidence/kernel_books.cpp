@@ -34,6 +34,8 @@ const char* to_string(KernelBook book) {
     return "/proc/self/map_files";
   case KernelBook::userfaultfd:
     return "/dev/userfaultfd";
+  case KernelBook::mapping_list:
+    return "/proc/self/maps";
   }
   return "unknown";
 }
@@ -73,6 +75,8 @@ MemoryResult<KernelBooks> KernelBooks::open() {
   open_book(KernelBook::descriptors, &BookSet::descriptors, O_RDONLY | O_DIRECTORY);
   open_book(KernelBook::shared_memory, &BookSet::shared_memory, O_RDONLY | O_DIRECTORY);
   open_book(KernelBook::userfaultfd, &BookSet::userfaultfd, O_RDWR);
+  open_book(KernelBook::mapping_list, &BookSet::mapping_list, O_RDONLY);
+  books->probe = KeptFile(make_probe());
   if (books->shared_memory.number() >= 0)
     books->errors[static_cast<std::size_t>(KernelBook::shared_memory)] = keep_shared_files(*books);
   // While a userfaultfd can be had.

@@ -39,6 +39,8 @@ struct FileMapping {
   std::uint64_t bytes = 0;
   /// What is known of the file's bytes, where it was read when the region was made; the region owns it.
   const FileData* data = nullptr;
+  /// The page behind it is one that no userfaultfd can be registered over.
+  bool ends_at_guard_file = false;
 };
 
 /// Which entries of the page tables count.
@@ -117,7 +119,8 @@ enum class FileChanges : std::uint8_t { any_time, never };
 /// Of a private file mapping: data of the file, and private copies. Parts of it may be anonymous memory by now.
 [[nodiscard]] RegionEvidence private_file_evidence(const FileMapping& mapping, EvidenceSource source);
 
-/// What /proc/self/smaps shows of the pages of some memory.
+/// What /proc/self/smaps shows of the pages of some memory, where that is read for it: not of memory whose traits say
+/// is_listed.
 struct SeenPages {
   bool has_huge = false;     ///< Transparent huge pages of anonymous memory.
   bool may_get_huge = false; ///< The kernel gives such pages there, as things are.
@@ -133,11 +136,14 @@ struct StatedMemory {
   SeenPages* seen = nullptr;
 };
 
-/// Whether every page is of the kind that its owner stated, accessible, and not for a userfaultfd handler to fill, by
-/// /proc/self/smaps; wrong_nature if not. Of memory of unknown kind, only the access is looked at.
-[[nodiscard]] MemoryResult<void> check_backing(const StatedMemory& stated);
+/// Whether every page is of the kind that its owner stated, accessible, and not for a userfaultfd handler to fill;
+/// wrong_nature if not. Of memory of unknown kind, only the access is looked at. `legacy`: by /proc/self/smaps alone.
+[[nodiscard]] MemoryResult<void> check_backing(const StatedMemory& stated,
+                                               EvidenceSource source = EvidenceSource::automatic);
 
-/// The same of many, by one pass over the mappings of the process: nothing, or the error, of each.
-[[nodiscard]] std::vector<std::optional<MemoryError>> check_backings(std::span<const StatedMemory> stated);
+/// The same of many: nothing, or the error, of each. Memory whose traits say is_listed costs what its own mappings do;
+/// for the rest, and where there is any doubt, one pass over the mappings of the process is made.
+[[nodiscard]] std::vector<std::optional<MemoryError>> check_backings(std::span<const StatedMemory> stated,
+                                                                     EvidenceSource source = EvidenceSource::automatic);
 
 } // namespace cppvmm

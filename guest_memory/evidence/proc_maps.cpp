@@ -11,6 +11,7 @@ module;
 #include <span>
 #include <string>
 #include <string_view>
+#include <sys/ioctl.h>
 #include <system_error>
 #include <utility>
 #include <vector>
@@ -21,19 +22,28 @@ import :proc_maps;
 
 namespace cppvmm {
 
-/// Calls `visit` for each line, without its newline, until it returns false; for none while another thread reads.
-/// `visit` must not read any other text of the kernel's.
-static MemoryResult<void> for_each_line(const std::function<bool(std::string_view)>& visit) {
+/// A file of text, and what is said when it can't be opened or read.
+struct MappingText {
+  BookText file;
+  const char* opening;
+  const char* reading;
+};
+
+static MappingText mappings() { return {open_mappings(), "open /proc/self/smaps", "read /proc/self/smaps"}; }
+static MappingText mapping_list() { return {open_mapping_list_text(), "open /proc/self/maps", "read /proc/self/maps"}; }
+
+/// Calls `visit` for each line of the text, without its newline, until it returns false; for none while another thread
+/// reads. `visit` must not read any other text of the kernel's.
+static MemoryResult<void> for_each_line(MappingText source, const std::function<bool(std::string_view)>& visit) {
   const auto failed = [&](const char* operation) {
     return std::unexpected(MemoryError{.code = MemoryErrc::os, .os_error = errno, .operation = operation});
   };
-  BookText file = open_mappings();
-  if (!file.is_open()) return failed("open /proc/self/smaps");
+  if (!source.file.is_open()) return failed(source.opening);
   std::string text;
   std::array<char, 4096> buffer;
   for (;;) {
-    const std::ptrdiff_t got = file.read(buffer.data(), buffer.size());
-    if (got < 0) return failed("read /proc/self/smaps");
+    const std::ptrdiff_t got = source.file.read(buffer.data(), buffer.size());
+    if (got < 0) return failed(source.reading);
     if (got == 0) return {};
     text.append(buffer.data(), static_cast<std::size_t>(got));
     std::size_t begin = 0;
@@ -61,7 +71,7 @@ static bool take(std::string_view& text, char expected) {
 
 /// All but the path, which is left: of the line that a mapping's record begins with. The names of the fields begin with
 /// capitals.
-static bool parse(std::string_view& line, ProcMapping& mapping) {
+static bool parse(std::string_view& line, ListedMapping& mapping) {
   if (line.empty() || (line.front() >= 'A' && line.front() <= 'Z')) return false;
   std::uint64_t major = 0;
   std::uint64_t minor = 0;
@@ -95,10 +105,12 @@ class Coverage {
 public:
   Coverage(std::uint64_t start, std::uint64_t bytes) : start_(start), end_(start + bytes), covered_(start) {}
 
-  [[nodiscard]] bool overlaps(const ProcMapping& mapping) const { return mapping.start < end_ && mapping.end > start_; }
-  [[nodiscard]] bool is_behind(const ProcMapping& mapping) const { return mapping.start >= end_; }
+  [[nodiscard]] bool overlaps(const ListedMapping& mapping) const {
+    return mapping.start < end_ && mapping.end > start_;
+  }
+  [[nodiscard]] bool is_behind(const ListedMapping& mapping) const { return mapping.start >= end_; }
   /// Of one that overlaps.
-  void add(const ProcMapping& mapping) {
+  void add(const ListedMapping& mapping) {
     if (mapping.start <= covered_) covered_ = std::max(covered_, mapping.end);
   }
   [[nodiscard]] MemoryResult<void> check() const {
@@ -106,7 +118,7 @@ public:
     return std::unexpected(MemoryError{.code = MemoryErrc::wrong_nature,
                                        .address = start_,
                                        .length = end_ - start_,
-                                       .operation = "list all of the memory by /proc/self/smaps"});
+                                       .operation = "list all of the memory's mappings"});
   }
 
 private:
@@ -121,7 +133,7 @@ using MappingTest = std::function<bool(const ProcMapping&)>;
 static MemoryResult<void> walk(const MappingTest& wanted, const MappingTest& is_behind, const MappingTest& visit) {
   ProcMapping current;
   bool is_wanted = false;
-  return for_each_line([&](std::string_view line) {
+  return for_each_line(mappings(), [&](std::string_view line) {
     ProcMapping mapping;
     if (std::string_view rest = line; parse(rest, mapping)) {
       is_wanted = wanted(mapping);
@@ -178,7 +190,7 @@ public:
 
   /// Calls `visit` with the number of each, until it returns true: whether it did.
   template <class Visit>
-  [[nodiscard]] bool find(const ProcMapping& mapping, Visit visit) const {
+  [[nodiscard]] bool find(const ListedMapping& mapping, Visit visit) const {
     auto part = std::ranges::upper_bound(parts_, mapping.start, {}, &Part::reach);
     for (; part != parts_.end() && part->start < mapping.end; ++part)
       if (part->end > mapping.start && visit(part->number)) return true;
@@ -195,13 +207,32 @@ private:
   std::vector<Part> parts_;
 };
 
+/// Of each part: why its mappings were not all visited, which is known of all if the walk over them failed.
+static std::vector<std::optional<MemoryError>> results_of(std::span<const Coverage> coverages,
+                                                          const MemoryResult<void>& walked) {
+  std::vector<std::optional<MemoryError>> results;
+  for (const Coverage& coverage : coverages) {
+    auto& result = results.emplace_back();
+    if (!walked)
+      result = walked.error();
+    else if (auto all = coverage.check(); !all)
+      result = all.error();
+  }
+  return results;
+}
+
+static std::vector<Coverage> coverages_of(std::span<const MappedPart> parts) {
+  std::vector<Coverage> coverages;
+  for (const MappedPart& part : parts)
+    coverages.emplace_back(part.start, part.bytes);
+  return coverages;
+}
+
 std::vector<std::optional<MemoryError>>
 for_each_mapping_of(std::span<const MappedPart> parts,
                     const std::function<void(std::size_t part, const ProcMapping&)>& visit) {
   const Parts sorted(parts);
-  std::vector<Coverage> coverages;
-  for (const MappedPart& part : parts)
-    coverages.emplace_back(part.start, part.bytes);
+  std::vector<Coverage> coverages = coverages_of(parts);
   const auto walked =
       walk([&](const ProcMapping& mapping) { return sorted.find(mapping, [](std::size_t) { return true; }); },
            [&](const ProcMapping& mapping) { return mapping.start >= sorted.end(); },
@@ -213,15 +244,103 @@ for_each_mapping_of(std::span<const MappedPart> parts,
              }));
              return true;
            });
-  std::vector<std::optional<MemoryError>> results;
-  for (const Coverage& coverage : coverages) {
-    auto& result = results.emplace_back();
-    if (!walked)
-      result = walked.error();
-    else if (auto all = coverage.check(); !all)
-      result = all.error();
+  return results_of(coverages, walked);
+}
+
+/// struct procmap_query (include/uapi/linux/fs.h, Linux 6.11), which older headers lack.
+struct MappingQuery {
+  std::uint64_t size = sizeof(MappingQuery);
+  std::uint64_t query_flags = 0;
+  std::uint64_t address = 0;
+  std::uint64_t start = 0;
+  std::uint64_t end = 0;
+  std::uint64_t flags = 0;
+  std::uint64_t page_bytes = 0;
+  std::uint64_t offset = 0;
+  std::uint64_t inode = 0;
+  std::uint32_t device_major = 0;
+  std::uint32_t device_minor = 0;
+  std::uint32_t name_size = 0;
+  std::uint32_t build_id_size = 0;
+  std::uint64_t name = 0;
+  std::uint64_t build_id = 0;
+};
+
+/// PROCMAP_QUERY: the mapping that has the address. 0, or errno: ENOENT where there is none, ENOTTY before Linux 6.11.
+static int query_mapping(int list, std::uint64_t address, ListedMapping& mapping) {
+  constexpr std::uint64_t readable = 0x1;
+  constexpr std::uint64_t writable = 0x2;
+  constexpr std::uint64_t shared = 0x8;
+  std::array<char, 4096> name; // PATH_MAX, beyond which there is none (do_procmap_query)
+  MappingQuery query{.address = address,
+                     .name_size = static_cast<std::uint32_t>(name.size()),
+                     .name = reinterpret_cast<std::uintptr_t>(name.data())};
+  if (ioctl(list, _IOWR('f', 17, MappingQuery), &query) != 0) return errno;
+  if (query.start > address || query.end <= address) return ENOENT;
+  mapping.start = query.start;
+  mapping.end = query.end;
+  mapping.is_readable = (query.flags & readable) != 0;
+  mapping.is_writable = (query.flags & writable) != 0;
+  mapping.is_private = (query.flags & shared) == 0;
+  mapping.offset = query.offset;
+  mapping.device_major = query.device_major;
+  mapping.device_minor = query.device_minor;
+  mapping.inode = query.inode;
+  // With its NUL; 0 of memory without a name.
+  const std::size_t length = std::min<std::size_t>(query.name_size, name.size());
+  mapping.path.assign(name.data(), length != 0 ? length - 1 : 0);
+  return 0;
+}
+
+/// Asks for each mapping of each part: 0, or errno of a kernel that can't be asked.
+static int query_parts(std::span<const MappedPart> parts, std::span<Coverage> coverages,
+                       const std::function<void(std::size_t part, const ListedMapping&)>& visit) {
+  const BookFile list = open_mapping_list();
+  if (!list.is_open()) return errno;
+  for (std::size_t i = 0; i < parts.size(); ++i) {
+    const std::uint64_t end = parts[i].start + parts[i].bytes;
+    for (std::uint64_t at = parts[i].start; at < end;) {
+      ListedMapping mapping;
+      const int error = query_mapping(list.number(), at, mapping);
+      if (error == ENOENT) break;
+      if (error != 0) return error;
+      coverages[i].add(mapping);
+      visit(i, mapping);
+      at = mapping.end;
+    }
   }
-  return results;
+  return 0;
+}
+
+std::vector<std::optional<MemoryError>>
+for_each_listed_mapping_of(std::span<const MappedPart> parts,
+                           const std::function<void(std::size_t part, const ListedMapping&)>& visit) {
+  std::vector<Coverage> coverages = coverages_of(parts);
+  if (query_parts(parts, coverages, visit) == 0) return results_of(coverages, {});
+  coverages = coverages_of(parts);
+  const Parts sorted(parts);
+  const auto walked = for_each_line(mapping_list(), [&](std::string_view line) {
+    ListedMapping mapping;
+    if (!parse(line, mapping)) return true;
+    if (mapping.start >= sorted.end()) return false;
+    bool is_new = true;
+    static_cast<void>(sorted.find(mapping, [&](std::size_t part) {
+      if (std::exchange(is_new, false)) mapping.path = line;
+      coverages[part].add(mapping);
+      visit(part, mapping);
+      return false;
+    }));
+    return true;
+  });
+  return results_of(coverages, walked);
+}
+
+std::optional<ListedMapping> listed_mapping_at(std::uint64_t address) {
+  std::optional<ListedMapping> found;
+  const MappedPart part{.start = address, .bytes = 1};
+  const auto results = for_each_listed_mapping_of(std::span(&part, 1),
+                                                  [&](std::size_t, const ListedMapping& mapping) { found = mapping; });
+  return results.front() ? std::nullopt : found;
 }
 
 MemoryResult<void> for_each_mapping_of_process(const std::function<bool(const ProcMapping&)>& visit) {
@@ -234,7 +353,7 @@ MemoryResult<std::uint64_t> sum_smaps(std::uint64_t start, std::uint64_t bytes,
   Coverage coverage(start, bytes);
   bool overlaps = false;
   bool reaches_beyond = false;
-  auto done = for_each_line([&](std::string_view line) {
+  auto done = for_each_line(mappings(), [&](std::string_view line) {
     ProcMapping mapping;
     if (std::string_view rest = line; parse(rest, mapping)) {
       overlaps = coverage.overlaps(mapping);

@@ -20,6 +20,7 @@ import :error;
 import :evidence;
 import :extents;
 import :file_data;
+import :mapping;
 import :page_evidence;
 import :region;
 import :region_evidence;
@@ -31,7 +32,8 @@ FileMapping file_mapping(const Region& region) {
           .offset = region.file_offset(),
           .host = region.host_address(),
           .bytes = region.bytes(),
-          .data = FileData::of(region)};
+          .data = FileData::of(region),
+          .ends_at_guard_file = ends_at_guard_file(region)};
 }
 
 static RegionEvidence evidence_of_backing(const Region& region, EvidenceSource source) {
@@ -96,7 +98,7 @@ struct LookedAt {
 };
 
 /// Whether the memory of each is what its owner stated.
-static void look_at_mappings(std::span<LookedAt> looks) {
+static void look_at_mappings(std::span<LookedAt> looks, EvidenceSource source) {
   std::vector<StatedMemory> stated;
   std::vector<LookedAt*> looked_at;
   for (LookedAt& look : looks) {
@@ -108,7 +110,7 @@ static void look_at_mappings(std::span<LookedAt> looks) {
                       .seen = &look.seen});
   }
   if (stated.empty()) return;
-  const auto refused = check_backings(stated);
+  const auto refused = check_backings(stated, source);
   for (std::size_t i = 0; i < looked_at.size(); ++i)
     looked_at[i]->foreign = refused[i];
 }
@@ -185,9 +187,9 @@ std::vector<KnownRegion> known_regions(std::span<const Region> regions, Evidence
   std::vector<LookedAt> looks;
   for (const Region& region : regions)
     if (region.kind() == RegionKind::ram) looks.emplace_back().region = &region;
-  look_at_mappings(looks);
+  look_at_mappings(looks, source);
   const auto done = std::span(looks).first(look_at_books(looks, source));
-  look_at_mappings(done);
+  look_at_mappings(done, source);
   std::vector<KnownRegion> known;
   auto look = done.begin();
   for (const Region& region : regions) {

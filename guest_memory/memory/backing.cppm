@@ -56,6 +56,9 @@ struct BackingTraits {
   /// A page that reads zero stays so until someone writes it: not where dropping a page brings a file's data back,
   /// which is no write. And userfaultfd takes it.
   bool is_watchable = false;
+  /// userfaultfd can be registered over all of it for missing pages, and transparent huge pages are none of its
+  /// evidence: so what it is, and that nobody has yet to fill it, is told without a look at page tables.
+  bool is_listed = false;
   /// Its evidence counts what has an entry of no page in this process's page tables, where an access is a signal.
   bool counts_entries = false;
 };
@@ -73,17 +76,24 @@ struct BackingTraits {
             .has_file = true,
             .has_readable_file = true,
             .may_be_transparent_huge = true,
-            .is_watchable = true};
+            .is_watchable = true,
+            .is_listed = true};
   case Backing::shared_anonymous:
     return {.name = "shared_anonymous", .may_be_transparent_huge = true, .is_watchable = true};
   case Backing::hugetlb:
-    return {.name = "hugetlb", .is_private = true, .is_hugetlb = true, .is_watchable = true, .counts_entries = true};
+    return {.name = "hugetlb",
+            .is_private = true,
+            .is_hugetlb = true,
+            .is_watchable = true,
+            .is_listed = true,
+            .counts_entries = true};
   case Backing::hugetlb_memfd:
     return {.name = "hugetlb_memfd",
             .has_file = true,
             .is_hugetlb = true,
             .has_readable_file = true,
             .is_watchable = true,
+            .is_listed = true,
             .counts_entries = true};
   case Backing::private_file:
     return {.name = "private_file",
@@ -98,6 +108,7 @@ struct BackingTraits {
             .is_private = true,
             .is_hugetlb = true,
             .has_readable_file = true,
+            .is_listed = true,
             .counts_entries = true};
   case Backing::shared_file:
     return {.name = "shared_file", .has_file = true, .is_on_disk = true, .has_readable_file = true};

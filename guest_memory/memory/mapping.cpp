@@ -9,7 +9,9 @@ module;
 module cppvmm.guest_memory:mapping.impl;
 import :address;
 import :backing;
+import :descriptor;
 import :error;
+import :guard_file;
 import :mapping;
 import :region;
 import :unmap;
@@ -42,13 +44,18 @@ std::optional<Region::FileId> file_id(int fd) {
   return Region::FileId{.device = status.st_dev, .inode = status.st_ino};
 }
 
+bool ends_at_guard_file(const Region& region) { return region.mapping_->ends_at_guard_file; }
+
 int Region::Mapping::map_guarded(const HostMemory& memory) {
   constexpr std::uint64_t most = std::uint64_t{1} << 56;
   if (memory.bytes > most) return ENOMEM;
   const std::size_t size = memory.bytes + 2 * memory.alignment;
+  const Descriptor guard = guard_file();
   constexpr int attempts = 16;
   for (int attempt = 1;; ++attempt) {
-    void* space = mmap(nullptr, size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    void* space = guard.is_open() ? mmap(nullptr, size, PROT_NONE, MAP_SHARED, guard.number(), 0) : MAP_FAILED;
+    ends_at_guard_file = space != MAP_FAILED;
+    if (!ends_at_guard_file) space = mmap(nullptr, size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (space == MAP_FAILED) return errno;
     const auto base = reinterpret_cast<std::uintptr_t>(space);
     const std::uintptr_t aligned = (base + memory.alignment) & ~(memory.alignment - 1); // at least one page above base

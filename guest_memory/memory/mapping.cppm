@@ -48,6 +48,7 @@ struct Region::Mapping {
   // What to unmap: more than the memory itself, for it has guard pages around it. Null for adopted memory.
   void* reserved = nullptr;
   std::size_t reserved_bytes = 0;
+  bool ends_at_guard_file = false; ///< The guard pages are of a guard_file.
   Descriptor fd;
   std::uint64_t fd_offset = 0;
   std::optional<FileId> shared_file;
@@ -73,6 +74,9 @@ struct Region::Mapping {
   [[nodiscard]] std::size_t recorded_words() const { return (pages.count() + 63) / 64; }
   [[nodiscard]] std::size_t recorded_bytes() const { return recorded_words() * sizeof(std::uint64_t); }
 };
+
+/// Whether the page behind it is one that no userfaultfd can be registered over.
+[[nodiscard]] bool ends_at_guard_file(const Region& region);
 
 /// An error of making a region, or of the calls that it has.
 [[nodiscard]] std::unexpected<MemoryError> refuse_region(MemoryErrc code, GuestAddress start, std::uint64_t bytes,

@@ -185,6 +185,7 @@ private:
   friend struct FileData;
   friend class MemoryMap;
   friend class WriteRecord;
+  friend bool ends_at_guard_file(const Region& region);
   explicit Region(std::shared_ptr<const Mapping> mapping);
   /// Begins to remember, from none on, which pages the accessors write. Nobody may be writing meanwhile.
   [[nodiscard]] MemoryResult<void> start_recording() const;

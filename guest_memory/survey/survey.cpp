@@ -138,12 +138,12 @@ static std::vector<Extent> extents_of(const PageSet& pages, PageRange region) {
 /// `whole` are the huge pages that these are of: parts of one cannot be watched.
 static void check_content(PageSet& touched, const PageSet& whole, const Region& region,
                           const ContentCheckOptions& options, ContentBudget& budget, std::mutex& one_at_a_time,
-                          RegionSurvey& report) {
+                          EvidenceSource source, RegionSurvey& report) {
   const auto begin = Clock::now();
   const FileMapping memory = file_mapping(region);
   const StatedMemory stated{.memory = memory, .backing = region.backing(), .kind = region.kind()};
   // The content of other regions may have been read since it was looked at last.
-  if (const auto fits = check_backing(stated); !fits) {
+  if (const auto fits = check_backing(stated, source); !fits) {
     report.content.emplace().error = fits.error();
     report.content->absent_pages = touched.page_count();
     return;
@@ -181,7 +181,7 @@ static void check_content(PageSet& touched, const PageSet& whole, const Region& 
   }
   report.content->cost = Clock::now() - begin;
   // What was read has to be what the guest has.
-  if (!check_backing(stated)) return;
+  if (!check_backing(stated, source)) return;
   touched = std::move(data);
   report.given_up_pages += scan.touched.given_up_pages();
 }
@@ -232,7 +232,9 @@ static void survey_region(const Region& region, const RegionEvidence& evidence, 
         report.log = narrowed;
     }
   }
-  if (budget) check_content(touched, whole, region, *options.content_check, *budget, *writes.content_checks, report);
+  if (budget)
+    check_content(touched, whole, region, *options.content_check, *budget, *writes.content_checks, options.source,
+                  report);
   add_broken(touched, region, options.source, report);
   if (writes.log) {
     // A page that was discarded since is in the log, and not touched.

@@ -161,13 +161,13 @@ TEST_P(SurveyCalls, EachMayFail) {
 std::size_t reads_of_a_survey(std::uint64_t regions) {
   std::vector<Region> made;
   for (std::uint64_t i = 0; i < regions; ++i)
-    made.push_back(*Region::memfd(GuestAddress(i * 2 * page_size), page_size));
+    made.push_back(*Region::anonymous(GuestAddress(i * 2 * page_size), page_size));
   const GuestMemory memory(*MemoryMap::make(std::move(made)));
   const auto calls = test::record_system_calls([&] { static_cast<void>(memory.survey()); });
   return static_cast<std::size_t>(std::ranges::count(calls, SYS_pread64, &test::SystemCall::number));
 }
 
-// The mappings of the process are read for all regions at once: of twice as many there are twice as many to read.
+// Where the mappings of the process are read, then for all regions at once: of twice as many there are twice as many.
 TEST(SurveyOfManyRegions, ReadsTheMappingsInProportion) {
   const std::size_t reads = reads_of_a_survey(256);
   EXPECT_GT(reads, 0U);

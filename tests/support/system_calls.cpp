@@ -32,7 +32,8 @@ constexpr unsigned long dispatch_off = 0;
 constexpr unsigned long dispatch_on = 1;
 
 // What the headers of older distributions lack; see the modules' own definitions.
-constexpr unsigned long pagemap_scan = 0xC0606610; // _IOWR('f', 16, 96 bytes)
+constexpr unsigned long pagemap_scan = 0xC0606610;  // _IOWR('f', 16, 96 bytes)
+constexpr unsigned long procmap_query = 0xC0686611; // _IOWR('f', 17, 104 bytes)
 constexpr unsigned long uffdio_continue_request = 0xC020AA07;
 constexpr long cachestat_number = 451;
 constexpr unsigned long populate_write = 23;
@@ -76,6 +77,9 @@ constexpr Fault userfaultfd_faults[] = {{refused, EPERM},  {refused, ENOSYS}, {r
 constexpr Fault handshake_faults[] = {{refused, EINVAL}, {refused, EPERM}, {refused, EFAULT}};
 constexpr Fault register_faults[] = {{refused, EBUSY}, {refused, EINVAL}, {refused, ENOMEM}, {refused, EPERM}};
 constexpr Fault unregister_faults[] = {{refused, ENOMEM}, {refused, EINVAL}};
+// ENOENT would be a statement about what is mapped.
+constexpr Fault query_faults[] = {
+    {refused, ENOTTY}, {refused, EINVAL}, {refused, ENOMEM}, {refused, EINTR}, {refused, ENAMETOOLONG}};
 constexpr Fault protect_faults[] = {
     {refused, EAGAIN}, {refused, ENOENT}, {refused, ENOMEM}, {refused, EINVAL}, {refused, EFAULT}};
 constexpr Fault continue_faults[] = {{refused, EAGAIN}, {refused, ENOENT}, {refused, ENOMEM}, {refused, EINVAL},
@@ -126,6 +130,7 @@ constexpr SystemCallFaults all_faults[] = {
     {"ioctl UFFDIO_WRITEPROTECT", SYS_ioctl, UFFDIO_WRITEPROTECT, protect_faults},
     {"ioctl UFFDIO_CONTINUE", SYS_ioctl, uffdio_continue_request, continue_faults},
     {"ioctl PAGEMAP_SCAN", SYS_ioctl, pagemap_scan, scan_faults},
+    {"ioctl PROCMAP_QUERY", SYS_ioctl, procmap_query, query_faults},
     {"nanosleep", SYS_nanosleep, any_request, sleep_faults},
     {"clock_nanosleep", SYS_clock_nanosleep, any_request, sleep_faults},
     {"membarrier", SYS_membarrier, any_request, membarrier_faults},

@@ -1,0 +1,55 @@
+module;
+#include <cerrno>
+#include <cstdint>
+#include <elf.h>
+#include <linux/userfaultfd.h>
+#include <optional>
+#include <string>
+#include <sys/auxv.h>
+#include <sys/ioctl.h>
+module cppvmm.guest_memory:holder_probe.impl;
+import :address;
+import :book_files;
+import :descriptor;
+import :holder_probe;
+import :proc_maps;
+
+namespace cppvmm {
+
+/// What the kernel answers: 0, where the registration did not fail and is taken back, or errno.
+static int ask(int userfaultfd, std::uint64_t start, std::uint64_t end) {
+  uffdio_register request{};
+  request.range = {.start = start, .len = end - start};
+  request.mode = UFFDIO_REGISTER_MODE_MISSING;
+  if (ioctl(userfaultfd, UFFDIO_REGISTER, &request) != 0) return errno;
+  // What is behind the memory is not what it was. Whoever met a missing page meanwhile goes on now.
+  uffdio_range range{.start = start, .len = end - start};
+  static_cast<void>(ioctl(userfaultfd, UFFDIO_UNREGISTER, &range));
+  return 0;
+}
+
+bool HolderProbe::is_free(const ListedMapping& mapping, bool ends_at_guard_file) {
+  if (!ends_at_guard_file) return is_free_up_to_vdso(mapping);
+  if (!shared_) shared_.emplace(open_probe());
+  return shared_->is_open() && ask(shared_->number(), mapping.start, mapping.end + page_size) == EPERM;
+}
+
+/// The kernel's own page in every process, which can't be registered; 0 where this process has it no more.
+static std::uint64_t find_vdso() {
+  const std::uint64_t start = getauxval(AT_SYSINFO_EHDR);
+  const auto mapping = start != 0 ? listed_mapping_at(start) : std::nullopt;
+  return mapping && mapping->start == start && mapping->path == "[vdso]" ? start : 0;
+}
+
+// Nothing of ours is mapped behind memory that is not ours: whoever maps something there, at an address that was known
+// to be free, would lose it when ours goes. What is in between is asked for too, and makes no more than a doubt.
+bool HolderProbe::is_free_up_to_vdso(const ListedMapping& mapping) {
+  if (!vdso_) vdso_ = find_vdso();
+  // One of its own: if a registration succeeds that can't be taken back, it ends with this.
+  if (!own_) own_.emplace(make_probe());
+  if (*vdso_ < mapping.end || !own_->is_open()) return false;
+  const int answer = ask(own_->number(), mapping.start, *vdso_ + page_size);
+  return answer == EPERM || answer == EINVAL;
+}
+
+} // namespace cppvmm
