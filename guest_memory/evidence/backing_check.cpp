@@ -238,7 +238,8 @@ std::vector<std::optional<MemoryError>> check_backings(std::span<const StatedMem
   for (std::size_t i = 0; i < stated.size(); ++i) {
     results[i] = checks.emplace_back(stated[i]).refused();
     if (results[i]) continue;
-    const bool is_listed = source == EvidenceSource::automatic && traits_of(stated[i].backing).is_listed;
+    const bool is_listed =
+        source == EvidenceSource::automatic && traits_of(stated[i].backing).is_listed && stated[i].seen == nullptr;
     (is_listed ? listed : rest).push_back(i);
   }
   if (!listed.empty()) {

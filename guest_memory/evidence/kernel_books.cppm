@@ -17,7 +17,7 @@ export enum class KernelBook : std::uint8_t {
   descriptors,   ///< /proc/self/fd: Region::adopt of memory with a file, and some discards.
   shared_memory, ///< /proc/self/map_files: shared anonymous memory. For privileged processes only.
   userfaultfd,   ///< /dev/userfaultfd (Linux 6.1): huge pages, write watches, where userfaultfd(2) may not be called.
-  /// /proc/self/maps: the same as `mappings` for memfd and hugetlb memory, at less cost. `mappings` serves without it.
+  /// /proc/self/maps: what memfd and hugetlb memory is, at less cost. `mappings` serves without it.
   mapping_list,
 };
 

@@ -47,6 +47,7 @@ struct FileMapping {
 enum class PageEntries : std::uint8_t {
   all,            ///< All but those of the shared zero page.
   pages,          ///< Of anonymous memory: the same, but for those that remember write protection where no page is.
+  small_pages,    ///< The same where there are no transparent huge pages: where one is found, nothing is known.
   private_copies, ///< Of a private file mapping: pages that are no longer the file's.
 };
 
@@ -119,8 +120,7 @@ enum class FileChanges : std::uint8_t { any_time, never };
 /// Of a private file mapping: data of the file, and private copies. Parts of it may be anonymous memory by now.
 [[nodiscard]] RegionEvidence private_file_evidence(const FileMapping& mapping, EvidenceSource source);
 
-/// What /proc/self/smaps shows of the pages of some memory, where that is read for it: not of memory whose traits say
-/// is_listed.
+/// What /proc/self/smaps shows of the pages of some memory.
 struct SeenPages {
   bool has_huge = false;     ///< Transparent huge pages of anonymous memory.
   bool may_get_huge = false; ///< The kernel gives such pages there, as things are.
@@ -132,7 +132,8 @@ struct StatedMemory {
   FileMapping memory;
   Backing backing = Backing::unknown;
   RegionKind kind = RegionKind::ram;
-  /// What else was seen of it is added there, if there is one.
+  /// What else was seen of it is added there, if there is one: of private memory that may have small pages and
+  /// transparent huge ones.
   SeenPages* seen = nullptr;
 };
 
@@ -141,8 +142,9 @@ struct StatedMemory {
 [[nodiscard]] MemoryResult<void> check_backing(const StatedMemory& stated,
                                                EvidenceSource source = EvidenceSource::automatic);
 
-/// The same of many: nothing, or the error, of each. Memory whose traits say is_listed costs what its own mappings do;
-/// for the rest, and where there is any doubt, one pass over the mappings of the process is made.
+/// The same of many: nothing, or the error, of each. Memory whose traits say is_listed, and of which nothing else is to
+/// be seen, costs what its own mappings do; for the rest, and where there is any doubt, one pass over the mappings of
+/// the process is made.
 [[nodiscard]] std::vector<std::optional<MemoryError>> check_backings(std::span<const StatedMemory> stated,
                                                                      EvidenceSource source = EvidenceSource::automatic);
 

@@ -177,18 +177,27 @@ static RegionEvidence scan(int pagemap, std::uint64_t host, std::uint64_t bytes,
   ExtentList touched;
   // An entry of any kind, but for the shared zero page: what is swapped out or being migrated shows as swapped.
   const std::uint64_t without = page_is_pfnzero | (entries == PageEntries::private_copies ? page_is_file : 0);
-  const ScanFor what{
-      .inverted = without, .all_of = without, .any_of = page_is_present | page_is_swapped, .told = page_is_written};
+  const ScanFor what{.inverted = without,
+                     .all_of = without,
+                     .any_of = page_is_present | page_is_swapped,
+                     .told = page_is_written | (entries == PageEntries::small_pages ? page_is_huge : 0)};
+  bool found_huge = false;
   // Write-protected, and not present: swapped out, being moved, broken, or no page at all.
   ExtentList absent;
   auto error = scan_pages(pagemap, host, bytes, what, [&](Extent extent, std::uint64_t categories) {
     const bool may_be_marker = entries != PageEntries::all && (categories & (page_is_present | page_is_written)) == 0;
     (may_be_marker ? absent : touched).add(extent);
+    found_huge = found_huge || (categories & page_is_huge) != 0;
   });
   ExtentList unmarked;
   if (!error) error = add_unmarked(pagemap, host, absent, unmarked);
   result.touched.push_back(std::move(touched));
   if (!unmarked.extents().empty()) result.touched.push_back(std::move(unmarked));
+  if (!error && found_huge)
+    error = MemoryError{.code = MemoryErrc::unavailable,
+                        .address = host,
+                        .length = bytes,
+                        .operation = "survey of memory that was to get no huge pages, and got some"};
   if (error) {
     result.kind = Evidence::none;
     result.touched.clear();
@@ -270,6 +279,7 @@ static bool counts(std::uint64_t entry, PageEntries counted) {
     break;
   case PageEntries::all:
   case PageEntries::pages:
+  case PageEntries::small_pages:
     break;
   }
   return (entry & (pagemap_present | pagemap_swapped)) != 0;
@@ -363,7 +373,8 @@ RegionEvidence page_table_evidence(const void* host, std::uint64_t bytes, PageEn
   RegionEvidence result;
   if (source == EvidenceSource::automatic) result = scan(pagemap.number(), start, bytes, entries);
   // A kernel without the ioctl says ENOTTY, a sandbox something else.
-  if (result.kind == Evidence::none) result = read_entries(pagemap.number(), start, bytes, entries);
+  const bool is_refused = result.error && result.error->code == MemoryErrc::unavailable;
+  if (result.kind == Evidence::none && !is_refused) result = read_entries(pagemap.number(), start, bytes, entries);
   return result;
 }
 

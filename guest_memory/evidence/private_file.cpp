@@ -26,7 +26,7 @@ static MemoryResult<std::vector<Extent>> anonymous_parts(const FileMapping& memo
   // Mappings that change while they are listed can overlap, and the first and last can reach beyond the memory. A page
   // that is listed twice counts as what it was first, for it was that after the listing began.
   std::uint64_t listed = start;
-  auto walked = for_each_mapping(start, memory.bytes, [&](const ProcMapping& mapping) {
+  auto walked = for_each_listed_mapping(start, memory.bytes, [&](const ListedMapping& mapping) {
     const std::uint64_t from = std::max(listed, mapping.start);
     const std::uint64_t to = std::min(end, mapping.end);
     if (from < to && mapping.is_private && mapping.inode == 0)

@@ -335,6 +335,19 @@ for_each_listed_mapping_of(std::span<const MappedPart> parts,
   return results_of(coverages, walked);
 }
 
+MemoryResult<void> for_each_listed_mapping(std::uint64_t start, std::uint64_t bytes,
+                                           const std::function<bool(const ListedMapping&)>& visit) {
+  // Each is visited when all have been listed, for `visit` may read other files of the kernel's.
+  std::vector<ListedMapping> mappings;
+  const MappedPart part{.start = start, .bytes = bytes};
+  const auto results = for_each_listed_mapping_of(
+      std::span(&part, 1), [&](std::size_t, const ListedMapping& mapping) { mappings.push_back(mapping); });
+  for (const ListedMapping& mapping : mappings)
+    if (!visit(mapping)) return {};
+  if (results.front()) return std::unexpected(*results.front());
+  return {};
+}
+
 std::optional<ListedMapping> listed_mapping_at(std::uint64_t address) {
   std::optional<ListedMapping> found;
   const MappedPart part{.start = address, .bytes = 1};

@@ -69,6 +69,10 @@ for_each_mapping_of(std::span<const MappedPart> parts,
 for_each_listed_mapping_of(std::span<const MappedPart> parts,
                            const std::function<void(std::size_t part, const ListedMapping&)>& visit);
 
+/// The same of one part, until `visit` returns false.
+[[nodiscard]] MemoryResult<void> for_each_listed_mapping(std::uint64_t start, std::uint64_t bytes,
+                                                         const std::function<bool(const ListedMapping&)>& visit);
+
 /// The mapping that has the address: nothing where there is none, or it can't be told.
 [[nodiscard]] std::optional<ListedMapping> listed_mapping_at(std::uint64_t address);
 

@@ -6,11 +6,8 @@ module;
 #include <cstdint>
 #include <expected>
 #include <iterator>
-#include <linux/membarrier.h>
 #include <optional>
 #include <span>
-#include <sys/syscall.h>
-#include <unistd.h>
 #include <utility>
 #include <vector>
 module cppvmm.guest_memory:region_evidence.impl;
@@ -24,6 +21,7 @@ import :mapping;
 import :page_evidence;
 import :region;
 import :region_evidence;
+import :transparent_huge;
 
 namespace cppvmm {
 
@@ -36,11 +34,12 @@ FileMapping file_mapping(const Region& region) {
           .ends_at_guard_file = ends_at_guard_file(region)};
 }
 
-static RegionEvidence evidence_of_backing(const Region& region, EvidenceSource source) {
+static RegionEvidence evidence_of_backing(const Region& region, bool has_small_pages, EvidenceSource source) {
   const FileMapping memory = file_mapping(region);
   switch (region.backing()) {
   case Backing::anonymous:
-    return page_table_evidence(memory.host, memory.bytes, PageEntries::pages, source);
+    return page_table_evidence(memory.host, memory.bytes,
+                               has_small_pages ? PageEntries::small_pages : PageEntries::pages, source);
   case Backing::memfd:
   case Backing::shared_file:
     return page_cache_evidence(memory, FileChanges::any_time, source);
@@ -72,16 +71,14 @@ static RegionEvidence nothing_for(const Region& region, MemoryErrc code, const c
   return none;
 }
 
-static bool is_looked_at_twice(const Region& region, const SeenPages& seen) {
+/// Whether it is private memory that may have small pages and transparent huge ones.
+static bool may_be_mixed(const Region& region) {
   const BackingTraits traits = traits_of(region.backing());
-  return traits.is_private && !traits.is_hugetlb && (seen.has_huge || seen.may_get_huge);
+  return traits.is_private && !traits.is_hugetlb;
 }
 
-/// Waits until whoever holds a spin lock now, of a page table for example, has let go of it: those are read-side
-/// critical sections of RCU. 0, or errno. Some 10 ms.
-static int wait_for_spin_locks() {
-  // kernel/sched/membarrier.c: synchronize_rcu, where there is more than one CPU.
-  return syscall(SYS_membarrier, MEMBARRIER_CMD_GLOBAL, 0, 0) == 0 ? 0 : errno;
+static bool is_looked_at_twice(const Region& region, const SeenPages& seen) {
+  return may_be_mixed(region) && (seen.has_huge || seen.may_get_huge);
 }
 
 using Clock = std::chrono::steady_clock;
@@ -90,6 +87,7 @@ using Clock = std::chrono::steady_clock;
 struct LookedAt {
   const Region* region = nullptr;
   SeenPages seen;
+  std::uint64_t small_pages = 0;       ///< small_pages_proof, before all looks.
   std::optional<MemoryError> foreign;  ///< Nothing may be concluded of the memory, and why.
   bool is_twice = false;               ///< By what was seen before the first look.
   std::optional<RegionEvidence> first; ///< Of memory that is looked at twice.
@@ -107,7 +105,7 @@ static void look_at_mappings(std::span<LookedAt> looks, EvidenceSource source) {
     stated.push_back({.memory = file_mapping(*look.region),
                       .backing = look.region->backing(),
                       .kind = look.region->kind(),
-                      .seen = &look.seen});
+                      .seen = may_be_mixed(*look.region) && look.small_pages == 0 ? &look.seen : nullptr});
   }
   if (stated.empty()) return;
   const auto refused = check_backings(stated, source);
@@ -140,7 +138,7 @@ static std::size_t look_at_books(std::span<LookedAt> looks, EvidenceSource sourc
     const auto begin = Clock::now();
     look.is_twice = is_looked_at_twice(*look.region, look.seen);
     auto& found = look.is_twice ? look.first : look.evidence;
-    found = evidence_of_backing(*look.region, source);
+    found = evidence_of_backing(*look.region, look.small_pages != 0, source);
     look.cost += Clock::now() - begin;
     waits = waits || look.is_twice;
     ranges += range_count(*found);
@@ -152,7 +150,7 @@ static std::size_t look_at_books(std::span<LookedAt> looks, EvidenceSource sourc
   for (LookedAt& look : looks.first(count)) {
     if (!look.is_twice) continue;
     const auto begin = Clock::now();
-    look.evidence = waited == 0 ? evidence_of_backing(*look.region, source)
+    look.evidence = waited == 0 ? evidence_of_backing(*look.region, look.small_pages != 0, source)
                                 : nothing_for(*look.region, MemoryErrc::os,
                                               "membarrier between two looks at transparent huge pages", waited);
     look.cost += Clock::now() - begin;
@@ -175,7 +173,8 @@ static RegionEvidence conclude(LookedAt& look) {
   if (look.seen.has_huge && look.seen.has_given_up)
     return nothing_for(region, MemoryErrc::unavailable,
                        "survey of huge pages among memory that was given up by MADV_FREE");
-  if (!look.is_twice && is_looked_at_twice(region, look.seen))
+  const bool has_lost_proof = look.small_pages != 0 && look.small_pages != small_pages_proof(region);
+  if (has_lost_proof || (!look.is_twice && is_looked_at_twice(region, look.seen)))
     return nothing_for(region, MemoryErrc::unavailable, "survey of memory that was given huge pages meanwhile");
   if (!look.first || evidence.kind == Evidence::none) return evidence;
   if (look.first->kind == Evidence::none) return std::move(*look.first);
@@ -185,8 +184,12 @@ static RegionEvidence conclude(LookedAt& look) {
 
 std::vector<KnownRegion> known_regions(std::span<const Region> regions, EvidenceSource source) {
   std::vector<LookedAt> looks;
-  for (const Region& region : regions)
-    if (region.kind() == RegionKind::ram) looks.emplace_back().region = &region;
+  for (const Region& region : regions) {
+    if (region.kind() != RegionKind::ram) continue;
+    LookedAt& look = looks.emplace_back();
+    look.region = &region;
+    if (source == EvidenceSource::automatic) look.small_pages = small_pages_proof(region);
+  }
   look_at_mappings(looks, source);
   const auto done = std::span(looks).first(look_at_books(looks, source));
   look_at_mappings(done, source);

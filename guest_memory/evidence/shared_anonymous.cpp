@@ -28,7 +28,7 @@ RegionEvidence shared_anonymous_evidence(const void* host, std::uint64_t bytes, 
         .code = MemoryErrc::os, .address = start, .length = bytes, .os_error = os_error, .operation = operation};
   };
   std::uint64_t listed = start;
-  auto walked = for_each_mapping(start, bytes, [&](const ProcMapping& mapping) {
+  auto walked = for_each_listed_mapping(start, bytes, [&](const ListedMapping& mapping) {
     const std::uint64_t from = std::max<std::uint64_t>(start, mapping.start);
     const std::uint64_t to = std::min<std::uint64_t>(start + bytes, mapping.end);
     // One that is listed twice has changed meanwhile, and so may have the file behind it.

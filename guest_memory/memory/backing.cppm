@@ -56,8 +56,8 @@ struct BackingTraits {
   /// A page that reads zero stays so until someone writes it: not where dropping a page brings a file's data back,
   /// which is no write. And userfaultfd takes it.
   bool is_watchable = false;
-  /// userfaultfd can be registered over all of it for missing pages, and transparent huge pages are none of its
-  /// evidence: so what it is, and that nobody has yet to fill it, is told without a look at page tables.
+  /// userfaultfd can be registered over all of it for missing pages: so what it is, and that nobody has yet to fill it,
+  /// is told without a look at page tables.
   bool is_listed = false;
   /// Its evidence counts what has an entry of no page in this process's page tables, where an access is a signal.
   bool counts_entries = false;
@@ -70,6 +70,7 @@ struct BackingTraits {
             .is_private = true,
             .may_be_transparent_huge = true,
             .is_watchable = true,
+            .is_listed = true,
             .counts_entries = true};
   case Backing::memfd:
     return {.name = "memfd",
@@ -79,7 +80,7 @@ struct BackingTraits {
             .is_watchable = true,
             .is_listed = true};
   case Backing::shared_anonymous:
-    return {.name = "shared_anonymous", .may_be_transparent_huge = true, .is_watchable = true};
+    return {.name = "shared_anonymous", .may_be_transparent_huge = true, .is_watchable = true, .is_listed = true};
   case Backing::hugetlb:
     return {.name = "hugetlb",
             .is_private = true,

@@ -46,6 +46,8 @@ std::optional<Region::FileId> file_id(int fd) {
 
 bool ends_at_guard_file(const Region& region) { return region.mapping_->ends_at_guard_file; }
 
+std::uint64_t small_pages_proof(const Region& region) { return region.mapping_->small_pages_proof; }
+
 int Region::Mapping::map_guarded(const HostMemory& memory) {
   constexpr std::uint64_t most = std::uint64_t{1} << 56;
   if (memory.bytes > most) return ENOMEM;

@@ -59,7 +59,10 @@ struct Region::Mapping {
   mutable std::atomic<bool> has_recorder = false;
   std::uint64_t huge_page = 0; // of hugetlb kinds, in bytes; 0 where it is not known
   mutable ReplacedPages replaced;
-  std::shared_ptr<const FileData> file_data; // of a private file that was read
+  // Of anonymous memory, not 0: it has no transparent huge pages, and gets none while this stays as it is.
+  mutable std::atomic<std::uint64_t> small_pages_proof = 0;
+  mutable std::uint64_t small_pages_proofs = 0; // how many there were; with `replaced.mutex` held
+  std::shared_ptr<const FileData> file_data;    // of a private file that was read
 
   Mapping() = default;
   Mapping(const Mapping&) = delete;
@@ -77,6 +80,9 @@ struct Region::Mapping {
 
 /// Whether the page behind it is one that no userfaultfd can be registered over.
 [[nodiscard]] bool ends_at_guard_file(const Region& region);
+
+/// Region::Mapping::small_pages_proof.
+[[nodiscard]] std::uint64_t small_pages_proof(const Region& region);
 
 /// An error of making a region, or of the calls that it has.
 [[nodiscard]] std::unexpected<MemoryError> refuse_region(MemoryErrc code, GuestAddress start, std::uint64_t bytes,

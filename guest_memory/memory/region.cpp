@@ -195,16 +195,4 @@ MemoryResult<void> Region::populate() const {
   return {};
 }
 
-MemoryResult<void> Region::set_huge_pages(HugePages use) const {
-  const auto fail = [&](MemoryErrc code, int os_error) {
-    return refuse_region(code, start(), bytes(), "Region::set_huge_pages", os_error);
-  };
-  if (!traits_of(backing()).may_be_transparent_huge) return fail(MemoryErrc::unavailable, 0);
-  const std::lock_guard lock(mapping_->replaced.mutex);
-  if (const int error = advise_huge_pages(host_address(), bytes(), use))
-    return fail(error == EINVAL ? MemoryErrc::unavailable : MemoryErrc::os, error);
-  mapping_->replaced.huge_pages = use;
-  return {};
-}
-
 } // namespace cppvmm

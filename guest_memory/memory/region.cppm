@@ -171,6 +171,10 @@ public:
   /// It is for faults in this process: of a memfd, /sys/kernel/mm/transparent_hugepage/shmem_enabled has the first word
   /// (never: there are none; always: other processes and write(2) get them all the same). unavailable for hugetlb
   /// kinds, shared_file, guest_memfd and unknown, which have none, and where the kernel was built without; else os.
+  ///
+  /// Of anonymous memory, `never` takes some 10 ms, to see that there are none: surveys then cost no more than the look
+  /// at the page tables. That holds until the next call. In between, nobody may ask for huge pages there in another way
+  /// (madvise): a survey that meets one knows nothing of the region, but it may not meet it.
   [[nodiscard]] MemoryResult<void> set_huge_pages(HugePages use) const;
 
   /// Whether the memory is in use, this Region included: to be asked for before it is taken out of the maps that have
@@ -186,6 +190,7 @@ private:
   friend class MemoryMap;
   friend class WriteRecord;
   friend bool ends_at_guard_file(const Region& region);
+  friend std::uint64_t small_pages_proof(const Region& region);
   explicit Region(std::shared_ptr<const Mapping> mapping);
   /// Begins to remember, from none on, which pages the accessors write. Nobody may be writing meanwhile.
   [[nodiscard]] MemoryResult<void> start_recording() const;
