@@ -1,3 +1,4 @@
+#include "support/guests.hpp"
 #include <benchmark/benchmark.h>
 #include <chrono>
 #include <condition_variable>
@@ -14,10 +15,42 @@ import cppvmm.guest_memory;
 // What it costs to read the content of touched pages. The worst case: 1 GiB that was populated, all of it zero.
 
 using namespace cppvmm;
+using namespace cppvmm::bench;
 
 namespace {
 
-constexpr std::uint64_t gib = 1 << 30;
+std::uint64_t populated_bytes() { return unless_brief(gib, 16 * mib); }
+
+/// Beside a loop that reads the same memory, by one thread too.
+void look_beside_loop(Measurement& measurement, const Region& region) {
+  if (const auto populated = region.populate(); !populated) return measurement.skip(populated.error().message());
+  const GuestMemory memory(*MemoryMap::make({region}));
+  const SurveyOptions options{
+      .leave_out = {}, .source = EvidenceSource::automatic, .content_check = ContentCheckOptions{.parallel_tasks = 1}};
+  const Survey survey = memory.survey(options);
+  const auto& content = survey.regions[0].content;
+  if (!content || content->error)
+    return measurement.fail(content ? content->error->message() : "no content was looked at");
+  if (content->zero_pages != region.pages().count()) return measurement.fail("pages are missing among the zero ones");
+  measurement.run([&] { return memory.survey(options).regions[0].content->cost; },
+                  [&] { benchmark::DoNotOptimize(read_all(region.host_address(), region.bytes())); });
+}
+
+constexpr const char* loop = "a loop that only reads";
+const Beside of_huge_pages({"content_check/anonymous_2_MiB_pages", 1.10, loop}, [](Measurement& measurement) {
+  const auto region = Region::anonymous(GuestAddress(0), populated_bytes());
+  if (!region) return measurement.skip(region.error().message());
+  if (const auto set = region->set_huge_pages(HugePages::preferred); !set)
+    return measurement.skip(set.error().message());
+  if (const auto populated = region->populate(); !populated) return measurement.skip(populated.error().message());
+  if (region->huge_page_bytes().value_or(0) != region->bytes())
+    return measurement.skip("the host gives no transparent huge pages here, or too few");
+  look_beside_loop(measurement, *region);
+});
+const Beside of_memfd({"content_check/memfd_4_KiB_pages", 1.5, loop}, [](Measurement& measurement) {
+  if (const auto region = small_pages(measurement, Backing::memfd, 0, populated_bytes()))
+    look_beside_loop(measurement, *region);
+});
 
 class ThreadPool {
 public:
@@ -76,7 +109,7 @@ void populate(const Region& region, int advice) {
 
 /// Through the mapping: arguments are the instructions, the threads, and whether the memory has huge pages.
 void populated_gibibyte(benchmark::State& state) {
-  const Region region = *Region::anonymous(GuestAddress(0), gib);
+  const Region region = *Region::anonymous(GuestAddress(0), populated_bytes());
   populate(region, state.range(2) != 0 ? MADV_HUGEPAGE : MADV_NOHUGEPAGE);
   run(state, region, static_cast<ZeroScan>(state.range(0)), static_cast<unsigned>(state.range(1)));
 }
@@ -91,9 +124,9 @@ BENCHMARK(populated_gibibyte)
 
 /// Through the descriptor: pages of a memfd that are mapped nowhere in this process.
 void populated_gibibyte_of_others(benchmark::State& state) {
-  const Region region = *Region::memfd(GuestAddress(0), gib);
+  const Region region = *Region::memfd(GuestAddress(0), populated_bytes());
   populate(region, MADV_NOHUGEPAGE);
-  madvise(region.host_address(), gib, MADV_DONTNEED);
+  madvise(region.host_address(), region.bytes(), MADV_DONTNEED);
   run(state, region, ZeroScan::automatic, static_cast<unsigned>(state.range(0)));
 }
 BENCHMARK(populated_gibibyte_of_others)

@@ -1,3 +1,4 @@
+#include "support/beside.hpp"
 #include <benchmark/benchmark.h>
 #include <cstddef>
 #include <cstdint>
@@ -9,6 +10,7 @@ import cppvmm.guest_memory;
 // What a write watch costs: arming it, a survey under it, and the first write to each page.
 
 using namespace cppvmm;
+using namespace cppvmm::bench;
 
 namespace {
 
@@ -27,12 +29,12 @@ void store_to_each_page(const Region& region) {
     static_cast<volatile std::byte*>(region.host_address())[at] = std::byte{1};
 }
 
-constexpr std::uint64_t bytes = 256 * mib;
+std::uint64_t watched_bytes() { return unless_brief(256 * mib, 8 * mib); }
 constexpr WriteWatchOptions fresh{.baseline = Baseline::promise};
 
 /// Stores to populated memory: the first to each page under a watch, or none.
 void first_stores(benchmark::State& state) {
-  const Region region = populated(bytes, state.range(0) != 0);
+  const Region region = populated(watched_bytes(), state.range(0) != 0);
   GuestMemory memory(*MemoryMap::make({region}));
   for (auto _ : state) {
     if (state.range(1) != 0) {
@@ -46,12 +48,12 @@ void first_stores(benchmark::State& state) {
     }
     store_to_each_page(region);
   }
-  state.SetItemsProcessed(state.iterations() * static_cast<std::int64_t>(bytes / page_size));
+  state.SetItemsProcessed(state.iterations() * static_cast<std::int64_t>(region.pages().count()));
 }
 BENCHMARK(first_stores)->ArgNames({"huge", "watched"})->ArgsProduct({{0, 1}, {0, 1}})->Unit(benchmark::kMillisecond);
 
 void arming(benchmark::State& state) {
-  const Region region = populated(bytes, state.range(0) != 0);
+  const Region region = populated(watched_bytes(), state.range(0) != 0);
   GuestMemory memory(*MemoryMap::make({region}));
   for (auto _ : state) {
     if (const auto armed = memory.arm_write_watch(GuestAddress(0), fresh); !armed) {
@@ -65,13 +67,13 @@ BENCHMARK(arming)->ArgName("huge")->Arg(0)->Arg(1)->Unit(benchmark::kMillisecond
 
 /// Of populated memory, every 16th page of which was written.
 void watched_survey(benchmark::State& state) {
-  const Region region = populated(bytes, state.range(0) != 0);
+  const Region region = populated(watched_bytes(), state.range(0) != 0);
   GuestMemory memory(*MemoryMap::make({region}));
   if (const auto armed = memory.arm_write_watch(GuestAddress(0), fresh); !armed) {
     state.SkipWithError(armed.error().message().c_str());
     return;
   }
-  for (std::uint64_t at = 0; at < bytes; at += 16 * page_size)
+  for (std::uint64_t at = 0; at < region.bytes(); at += 16 * page_size)
     static_cast<volatile std::byte*>(region.host_address())[at] = std::byte{1};
   std::uint64_t zeroed = 0;
   for (auto _ : state)
