@@ -3,11 +3,12 @@
 # brings `need GROUP...`, which does that, and what else has to do with apt.
 #   build  the library and the examples      test  the tests and benchmarks     instrumented  sanitizers, coverage
 #   lint   the linters                       lab   the emulated machine         guests        modules for Linux guests
+#   bench  the peers of benchmarks, and their plots
 # shellcheck disable=SC2034 # Who sources this uses what it sets.
 # shellcheck source=tools/say.sh
 source "$(dirname "${BASH_SOURCE[0]}")/say.sh"
 
-groups=(build test instrumented lint lab guests)
+groups=(build test instrumented lint lab guests bench)
 
 packages_of() {
   case $1 in
@@ -17,6 +18,7 @@ packages_of() {
     lint) echo clang-tidy-19 clang-format-19 shellcheck ;;
     lab) echo qemu-system-x86 cpio util-linux xz-utils zstd ;;
     guests) echo gcc make xz-utils ;;
+    bench) echo cargo rustc librust-vm-memory-dev gnuplot-nox ;;
   esac
 }
 
