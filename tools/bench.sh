@@ -20,7 +20,8 @@ make_peer() {
   printf '%s\n' '[source.crates-io]' 'replace-with = "distribution"' \
     '[source.distribution]' 'directory = "/usr/share/cargo/registry"' >"$peer/.cargo/config.toml"
   cd "$peer"
-  env -u RUSTC -u RUSTFLAGS -u RUSTUP_TOOLCHAIN PATH=/usr/bin:/bin CARGO_HOME="$peer/.cargo" cargo build --offline --release
+  env -u RUSTC -u RUSTFLAGS -u RUSTUP_TOOLCHAIN PATH=/usr/bin:/bin CARGO_HOME="$peer/.cargo" \
+    cargo build --offline --release
 }
 
 # Without it, what is measured beside it is skipped.

@@ -8,12 +8,12 @@ import subprocess
 import sys
 
 X_AXES = {  # of each plot: title, x label, whether x is logarithmic
-    "RAM": ("128 touched extents of 1 MiB, anonymous", "RAM [GiB]", True),
-    "touched_extents": ("extents of one page in 64 GiB, anonymous", "touched extents", True),
-    "touched_extents_of_memfd": ("extents of one page in 64 GiB, memfd", "touched extents", True),
-    "regions": ("regions of 1 GiB, 16 pages touched in each", "regions", True),
-    "other_mappings": ("1 GiB, 16 pages touched, in a process with other mappings", "other mappings", False),
-    "vCPUs": ("vCPUs that ask at once: HvExtCallGetBootZeroedMemory, 64 GiB", "vCPUs", False),
+    "RAM": ("A survey of anonymous memory, 128 touched extents of 1 MiB", "RAM [GiB]", True),
+    "touched_extents": ("A survey of 64 GiB of anonymous memory, single pages touched", "touched extents", True),
+    "touched_extents_of_memfd": ("A survey of a memfd of 64 GiB, single pages touched", "touched extents", True),
+    "regions": ("A survey of regions of 1 GiB, 16 pages touched in each", "regions", True),
+    "other_mappings": ("A survey of 1 GiB, 16 pages touched, beside other mappings", "other mappings", False),
+    "vCPUs": ("vCPUs that ask at once, until all have their answer: 64 GiB, as after a boot", "vCPUs", False),
 }
 
 
@@ -36,7 +36,8 @@ def named(benchmarks, kind):
 def time_of(nanoseconds):
     for unit, size in (("s", 1e9), ("ms", 1e6), ("us", 1e3)):
         if nanoseconds >= size:
-            return f"{nanoseconds / size:.3g} {unit}" if nanoseconds < 1000 * size else f"{nanoseconds / size:.0f} {unit}"
+            value = nanoseconds / size
+            return f"{value:.3g} {unit}" if value < 1000 else f"{value:.0f} {unit}"
     return f"{nanoseconds:.3g} ns"
 
 
@@ -71,27 +72,41 @@ def summary_of(rows):
 def plot(folder, name, points, floor):
     title, x_label, is_logarithmic = X_AXES[name]
     data = folder / f"{name}.dat"
-    data.write_text("# x, ours [ms], floor [ms], ours [KiB], floor [KiB]\n" + "".join(
-        f"{each['x']:g} {each['ours'] / 1e6} {each['floor'] / 1e6} {each['ours_bytes'] / 1024} {each['floor_bytes'] / 1024}\n"
-        for each in points))
+    lines = ["# x, ours [ms], floor [ms], ours [KiB], floor [KiB]"]
+    for each in points:
+        times = each["ours"] / 1e6, each["floor"] / 1e6
+        rooms = each["ours_bytes"] / 1024, each["floor_bytes"] / 1024
+        lines.append(" ".join(f"{number:.7g}" for number in (each["x"], *times, *rooms)))
+    data.write_text("\n".join(lines) + "\n")
     xs = [each["x"] for each in points]
     room = (max(xs) - min(xs)) * 0.03 or 0.5
     x_range = f"[{min(xs) / 1.3:g}:{max(xs) * 1.3:g}]" if is_logarithmic else f"[{min(xs) - room:g}:{max(xs) + room:g}]"
+
+    def y_range(*fields):
+        """With room for the key above the lines."""
+        values = [each[field] for each in points for field in fields if each[field] > 0]
+        return min(values) / 2, max(values) * 12
+
+    times, rooms = y_range("ours", "floor"), y_range("ours_bytes", "floor_bytes")
     script = f"""
-set terminal pngcairo size 1000,1000 font "Sans,12" linewidth 1.5
+set terminal pngcairo noenhanced size 1000,1000 font "Sans,12" linewidth 1.5
 set output "{name}.png"
 set multiplot layout 2,1 title "{title}" font ",14"
 set grid
-set key top left
+set key top left Left reverse
+set lmargin 12
+set rmargin 6
 set xrange {x_range}
 set xlabel "{x_label}"
 set format y "%g"
 set logscale y 10
 {"set logscale x 10; set format x '%.0f'" if is_logarithmic else ""}
-set ylabel "time of one [ms]"
+set ylabel "time [ms]"
+set yrange [{times[0] / 1e6:g}:{times[1] / 1e6:g}]
 plot "{data.name}" using 1:2 with linespoints pointtype 7 title "cppvmm", \\
      "" using 1:3 with linespoints pointtype 5 title "{floor}"
 set ylabel "heap at most [KiB]"
+set yrange [{rooms[0] / 1024:g}:{rooms[1] / 1024:g}]
 plot "{data.name}" using 1:4 with linespoints pointtype 7 title "cppvmm", \\
      "" using 1:5 with linespoints pointtype 5 title "the touched extents alone, 16 bytes each"
 unset multiplot
@@ -127,8 +142,8 @@ def main(folder):
     said += [f"{name}: {each['error_message']}" for name, each in points.items() if each.get("error_occurred")]
     for name, each in benchmarks.items():
         if not name.startswith(("beside/", "against/")):
-            what = each["error_message"] if each.get("error_occurred") else f"{each['real_time']:.4g} {each['time_unit']}"
-            said.append(f"{name}: {what}")
+            took = f"{each.get('real_time', 0):.4g} {each.get('time_unit')}"
+            said.append(f"{name}: {each['error_message'] if each.get('error_occurred') else took}")
     print("\n".join(said))
     for line in draw(folder, points):
         print(line, file=sys.stderr)

@@ -31,15 +31,16 @@ end_ticker() {
 trap end_ticker EXIT
 trap 'exit 130' INT
 
-# How far a log has come: ninja's [n/m], ctest's n/m, what apt unpacks and sets up, what cppvmm-boot says, or the test
-# that runs in the lab, whose machines have logs of their own.
+# How far a log has come: ninja's [n/m], ctest's n/m, what apt unpacks and sets up, what cppvmm-boot says, the test
+# that runs in the lab, whose machines have logs of their own, or the benchmark that has run.
 progress() {
   local log
   log=$(sed -nE 's/^lab: the log is (.*)/\1/p' "$1" 2>/dev/null | tail -n 1 || true)
   tail -c 4096 "${log:-$1}" 2>/dev/null | tr '\r' '\n' |
     sed -nE 's/^(\[[0-9]+\/[0-9]+\]).*/\1/p; s/^ *([0-9]+\/[0-9]+) Test +#[0-9]+: ([^ ]+).*/\1 \2/p;
              s/^(Get:[0-9]+|Unpacking|Setting up) .*/&/p; s/^cppvmm-boot: (.*)/\1/p
-             s/^\[ RUN      \] //p; s/^lab: (begin |passed )//p' | tail -n 1 | cut -c 1-60 || true
+             s/^\[ RUN      \] //p; s/^lab: (begin |passed )//p
+             s/^(beside|against)\/(.*)\/iterations:1\/.*/\2/p' | tail -n 1 | cut -c 1-60 || true
 }
 
 tick() {

@@ -1,4 +1,5 @@
 #include "beside.hpp"
+#include <malloc.h>
 
 namespace cppvmm::bench {
 
@@ -95,6 +96,9 @@ int main(int argc, char** argv) {
   if (is_brief) arguments.push_back(least_time);
   int count = static_cast<int>(arguments.size());
   arguments.push_back(nullptr);
+  // The heap keeps what it was given back: else a round would pay for fresh pages, or not, by chance.
+  mallopt(M_MMAP_THRESHOLD, 32 << 20);
+  mallopt(M_TRIM_THRESHOLD, 1 << 30);
   register_all();
   benchmark::Initialize(&count, arguments.data());
   if (benchmark::ReportUnrecognizedArguments(count, arguments.data())) return 2;
