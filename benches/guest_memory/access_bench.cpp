@@ -23,8 +23,9 @@ constexpr std::uint64_t mib = 1 << 20;
 constexpr std::uint64_t region_bytes = 64 * mib;
 
 GuestMemory& memory() {
-  static GuestMemory memory(*MemoryMap::make({*Region::anonymous(GuestAddress(0), region_bytes),
-                                              *Region::anonymous(GuestAddress(region_bytes), region_bytes)}));
+  static GuestMemory memory(
+      value_or_throw(MemoryMap::make({value_or_throw(Region::anonymous(GuestAddress(0), region_bytes)),
+                                      value_or_throw(Region::anonymous(GuestAddress(region_bytes), region_bytes))})));
   return memory;
 }
 
@@ -192,11 +193,12 @@ class Memory {
 public:
   explicit Memory(Way way)
       : host_(mmap(nullptr, mib, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)),
-        map_(*MemoryMap::make(
-            {way == Way::own ? *Region::anonymous(GuestAddress(0), mib)
-                             : *Region::adopt(GuestAddress(0),
-                                              {.host_address = host_, .bytes = mib, .backing = Backing::anonymous})})) {
-    if (way == Way::guarded) guard_.emplace(*FaultGuard::install());
+        map_(value_or_throw(MemoryMap::make(
+            {way == Way::own
+                 ? value_or_throw(Region::anonymous(GuestAddress(0), mib))
+                 : value_or_throw(Region::adopt(
+                       GuestAddress(0), {.host_address = host_, .bytes = mib, .backing = Backing::anonymous}))}))) {
+    if (way == Way::guarded) guard_.emplace(value_or_throw(FaultGuard::install()));
   }
   Memory(const Memory&) = delete;
   Memory& operator=(const Memory&) = delete;

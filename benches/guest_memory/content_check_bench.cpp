@@ -24,7 +24,7 @@ std::uint64_t populated_bytes() { return unless_brief(gib, 16 * mib); }
 /// Beside a loop that reads the same memory, by one thread too.
 void look_beside_loop(Measurement& measurement, const Region& region) {
   if (const auto populated = region.populate(); !populated) return measurement.skip(populated.error().message());
-  const GuestMemory memory(*MemoryMap::make({region}));
+  const GuestMemory memory(value_or_throw(MemoryMap::make({region})));
   const SurveyOptions options{
       .leave_out = {}, .source = EvidenceSource::automatic, .content_check = ContentCheckOptions{.parallel_tasks = 1}};
   const Survey survey = memory.survey(options);
@@ -83,7 +83,7 @@ private:
 
 void run(benchmark::State& state, const Region& region, ZeroScan scan, unsigned threads) {
   if (!is_supported(scan)) return state.SkipWithError("this machine has no such instructions");
-  const GuestMemory memory(*MemoryMap::make({region}));
+  const GuestMemory memory(value_or_throw(MemoryMap::make({region})));
   ThreadPool pool(threads - 1);
   ContentCheckOptions options{.scan = scan};
   if (threads > 1) {
@@ -109,7 +109,7 @@ void populate(const Region& region, int advice) {
 
 /// Through the mapping: arguments are the instructions, the threads, and whether the memory has huge pages.
 void populated_gibibyte(benchmark::State& state) {
-  const Region region = *Region::anonymous(GuestAddress(0), populated_bytes());
+  const Region region = value_or_throw(Region::anonymous(GuestAddress(0), populated_bytes()));
   populate(region, state.range(2) != 0 ? MADV_HUGEPAGE : MADV_NOHUGEPAGE);
   run(state, region, static_cast<ZeroScan>(state.range(0)), static_cast<unsigned>(state.range(1)));
 }
@@ -124,7 +124,7 @@ BENCHMARK(populated_gibibyte)
 
 /// Through the descriptor: pages of a memfd that are mapped nowhere in this process.
 void populated_gibibyte_of_others(benchmark::State& state) {
-  const Region region = *Region::memfd(GuestAddress(0), populated_bytes());
+  const Region region = value_or_throw(Region::memfd(GuestAddress(0), populated_bytes()));
   populate(region, MADV_NOHUGEPAGE);
   madvise(region.host_address(), region.bytes(), MADV_DONTNEED);
   run(state, region, ZeroScan::automatic, static_cast<unsigned>(state.range(0)));

@@ -38,21 +38,31 @@ Pages at_random(unsigned seed) {
   return all;
 }
 
-void mark(GuestMemory& memory, const Pages& which) {
+std::vector<PageRange> ranges_of(const Pages& which) {
+  std::vector<PageRange> ranges;
   for (const std::uint64_t page : which)
-    memory.mark_touched(*PageRange::make(PageNumber(page), 1), Toucher::device);
+    ranges.push_back(value_or_throw(PageRange::make(PageNumber(page), 1)));
+  return ranges;
+}
+
+void mark(GuestMemory& memory, const std::vector<PageRange>& which) {
+  for (const PageRange& page : which)
+    memory.mark_touched(page, Toucher::device);
 }
 
 /// A list of pages for each thread.
 void marks_beside_bitmap(Measurement& measurement, const std::vector<Pages>& of_threads) {
   auto region = Region::anonymous(GuestAddress(0), bytes);
   if (!region) return measurement.skip(region.error().message());
-  GuestMemory memory(*MemoryMap::make({*region}));
+  GuestMemory memory(value_or_throw(MemoryMap::make({*region})));
   const PageRange all = region->pages();
+  std::vector<std::vector<PageRange>> ranges;
+  for (const Pages& which : of_threads)
+    ranges.push_back(ranges_of(which));
   const auto ours = [&] {
     // Those of the round before.
     memory.clear_marks(all);
-    return at_once(of_threads.size(), [&](std::size_t i) { mark(memory, of_threads[i]); });
+    return at_once(of_threads.size(), [&](std::size_t i) { mark(memory, ranges[i]); });
   };
   ours();
   const PageSet marked = memory.marks().pages();

@@ -22,16 +22,24 @@ struct Run {
 
 std::uint64_t extents() { return unless_brief(200'000, 2'000); }
 
-// Lengths of 1 to 3 pages, 4 pages apart.
-Run nth(std::uint64_t i) { return {i * 4, 1 + i % 3}; }
-PageRange nth_range(std::uint64_t i) { return *PageRange::make(PageNumber(nth(i).first), nth(i).count); }
-
-std::vector<std::uint64_t> in_random_order(std::uint64_t count) {
-  std::vector<std::uint64_t> order(count);
+/// Of 1 to 3 pages, 4 pages apart.
+std::vector<Run> ascending_runs(std::uint64_t count) {
+  std::vector<Run> runs;
   for (std::uint64_t i = 0; i < count; ++i)
-    order[i] = i;
-  std::ranges::shuffle(order, std::mt19937_64(1));
-  return order;
+    runs.push_back({i * 4, 1 + i % 3});
+  return runs;
+}
+
+std::vector<Run> shuffled(std::vector<Run> runs) {
+  std::ranges::shuffle(runs, std::mt19937_64(1));
+  return runs;
+}
+
+std::vector<PageRange> ranges_of(const std::vector<Run>& runs) {
+  std::vector<PageRange> ranges;
+  for (const Run& run : runs)
+    ranges.push_back(value_or_throw(PageRange::make(PageNumber(run.first), run.count)));
+  return ranges;
 }
 
 void append(std::vector<Run>& runs, Run run) {
@@ -41,50 +49,41 @@ void append(std::vector<Run>& runs, Run run) {
     runs.push_back(run);
 }
 
-PageSet ascending_set() {
+PageSet added_one_by_one(const std::vector<PageRange>& ranges) {
   PageSet set;
-  for (std::uint64_t i = 0; i < extents(); ++i)
-    set.add(nth_range(i));
+  for (const PageRange& range : ranges)
+    set.add(range);
   return set;
 }
 
-PageSet random_set(const std::vector<std::uint64_t>& order) {
-  std::vector<PageRange> ranges;
-  ranges.reserve(order.size());
-  for (const std::uint64_t i : order)
-    ranges.push_back(nth_range(i));
-  return PageSet::of(std::move(ranges));
+std::vector<Run> joined(const std::vector<Run>& runs) {
+  std::vector<Run> joined;
+  for (const Run& run : runs)
+    append(joined, run);
+  return joined;
 }
 
 const Beside ascending({"page_set/200000_extents_ascending", 1.5, "a sorted vector"}, [](Measurement& measurement) {
-  if (ascending_set().range_count() != extents()) return measurement.fail("ranges are missing");
-  measurement.run([] { benchmark::DoNotOptimize(ascending_set()); },
-                  [] {
-                    std::vector<Run> runs;
-                    for (std::uint64_t i = 0; i < extents(); ++i)
-                      append(runs, nth(i));
-                    benchmark::DoNotOptimize(runs);
-                  });
+  const auto runs = ascending_runs(extents());
+  const auto ranges = ranges_of(runs);
+  if (added_one_by_one(ranges).range_count() != runs.size()) return measurement.fail("ranges are missing");
+  measurement.run([&] { benchmark::DoNotOptimize(added_one_by_one(ranges)); },
+                  [&] { benchmark::DoNotOptimize(joined(runs)); });
 });
 
-const Beside random_order({"page_set/200000_extents_in_random_order", 1.5, "a vector that is sorted"},
-                          [](Measurement& measurement) {
-                            const auto order = in_random_order(extents());
-                            if (random_set(order).range_count() != extents())
-                              return measurement.fail("ranges are missing");
-                            measurement.run([&] { benchmark::DoNotOptimize(random_set(order)); },
-                                            [&] {
-                                              std::vector<Run> runs;
-                                              runs.reserve(order.size());
-                                              for (const std::uint64_t i : order)
-                                                runs.push_back(nth(i));
-                                              std::ranges::sort(runs, {}, &Run::first);
-                                              std::vector<Run> joined;
-                                              for (const Run& run : runs)
-                                                append(joined, run);
-                                              benchmark::DoNotOptimize(joined);
-                                            });
-                          });
+const Beside in_random_order({"page_set/200000_extents_in_random_order", 1.5, "a vector that is sorted"},
+                             [](Measurement& measurement) {
+                               const auto runs = shuffled(ascending_runs(extents()));
+                               const auto ranges = ranges_of(runs);
+                               if (PageSet::of(ranges).range_count() != runs.size())
+                                 return measurement.fail("ranges are missing");
+                               measurement.run([&] { benchmark::DoNotOptimize(PageSet::of(ranges)); },
+                                               [&] {
+                                                 auto sorted = runs;
+                                                 std::ranges::sort(sorted, {}, &Run::first);
+                                                 benchmark::DoNotOptimize(joined(sorted));
+                                               });
+                             });
 
 template <class Make>
 void measure_held(Measurement& measurement, Make make) {
@@ -93,11 +92,13 @@ void measure_held(Measurement& measurement, Make make) {
   const HeapUse use = end_heap_use();
   measurement.amount(static_cast<double>(use.held) / static_cast<double>(set.range_count()));
 }
-const Beside held_ascending({"page_set/heap_ascending", 24, "bytes an extent"},
-                            [](Measurement& measurement) { measure_held(measurement, ascending_set); });
+const Beside held_ascending({"page_set/heap_ascending", 24, "bytes an extent"}, [](Measurement& measurement) {
+  const auto ranges = ranges_of(ascending_runs(extents()));
+  measure_held(measurement, [&] { return added_one_by_one(ranges); });
+});
 const Beside held_random({"page_set/heap_in_random_order", 24, "bytes an extent"}, [](Measurement& measurement) {
-  const auto order = in_random_order(extents());
-  measure_held(measurement, [&] { return random_set(order); });
+  const auto ranges = ranges_of(shuffled(ascending_runs(extents())));
+  measure_held(measurement, [&] { return PageSet::of(ranges); });
 });
 
 /// Ranges of many lengths, so that the heap has work to do.
@@ -109,12 +110,7 @@ std::vector<Run> runs_of_many_lengths(std::uint64_t count) {
   return runs;
 }
 
-PageSet set_of(const std::vector<Run>& runs) {
-  std::vector<PageRange> ranges;
-  for (const Run& run : runs)
-    ranges.push_back(*PageRange::make(PageNumber(run.first), run.count));
-  return PageSet::of(std::move(ranges));
-}
+PageSet set_of(const std::vector<Run>& runs) { return PageSet::of(ranges_of(runs)); }
 
 /// The largest first, of equals the lowest: a heap of as many as are wanted, the least of them on top.
 std::vector<Run> largest_of(const std::vector<Run>& runs, std::size_t count) {
@@ -154,11 +150,9 @@ const Beside largest_heap({"page_set/heap_of_255_largest", 16'384, "bytes"}, [](
 });
 
 void subtract(benchmark::State& state) {
-  PageSet touched;
-  for (std::int64_t i = 0; i < state.range(0); ++i)
-    touched.add(nth_range(static_cast<std::uint64_t>(i)));
+  const PageSet touched = set_of(ascending_runs(static_cast<std::uint64_t>(state.range(0))));
   for (auto _ : state) {
-    PageSet zeroed(*PageRange::make(PageNumber(0), static_cast<std::uint64_t>(state.range(0)) * 4));
+    PageSet zeroed(value_or_throw(PageRange::make(PageNumber(0), static_cast<std::uint64_t>(state.range(0)) * 4)));
     zeroed.remove(touched);
     benchmark::DoNotOptimize(zeroed);
   }

@@ -3,7 +3,6 @@
 #include <benchmark/benchmark.h>
 #include <cstdint>
 #include <string>
-#include <sys/mman.h>
 #include <vector>
 import cppvmm.guest_memory;
 
@@ -139,7 +138,7 @@ const Against other_mappings("other_mappings", {0, 1'000, 5'000, 10'000, 20'000,
 // The evidence of kernels before 6.5 and 6.7, which costs more.
 
 void run_legacy(benchmark::State& state, const Region& region) {
-  const GuestMemory memory(*MemoryMap::make({region}));
+  const GuestMemory memory(value_or_throw(MemoryMap::make({region})));
   std::uint64_t touched = 0;
   for (auto _ : state) {
     const Survey survey = memory.survey({.leave_out = {}, .source = EvidenceSource::legacy});
@@ -149,25 +148,23 @@ void run_legacy(benchmark::State& state, const Region& region) {
   state.counters["touched_pages"] = static_cast<double>(touched);
 }
 
-Region small_pages_in(bool is_memfd, std::uint64_t bytes) {
-  Region region = is_memfd ? *Region::memfd(GuestAddress(0), bytes) : *Region::anonymous(GuestAddress(0), bytes);
-  madvise(region.host_address(), bytes, MADV_NOHUGEPAGE);
-  return region;
-}
-
 /// Extents of 4 MiB, evenly spread over 1 TiB: a guest that has booted.
 void legacy_extents_in_a_tebibyte(benchmark::State& state) {
-  const Region region = small_pages_in(true, 1024 * gib);
-  touch_as_booted(region);
-  run_legacy(state, region);
+  Measurement measurement(state, "");
+  const auto region = small_pages(measurement, Backing::memfd, 0, 1024 * gib);
+  if (!region) return;
+  touch_as_booted(*region);
+  run_legacy(state, *region);
 }
 BENCHMARK(legacy_extents_in_a_tebibyte)->Unit(benchmark::kMillisecond);
 
 /// Single pages at random in 64 GiB.
 void legacy_pages_in_64_gib(benchmark::State& state) {
-  const Region region = small_pages_in(state.range(0) != 0, 64 * gib);
-  touch_random_pages(region, unless_brief(static_cast<std::uint64_t>(state.range(1)), 1'000));
-  run_legacy(state, region);
+  Measurement measurement(state, "");
+  const auto region = small_pages(measurement, state.range(0) != 0 ? Backing::memfd : Backing::anonymous, 0, 64 * gib);
+  if (!region) return;
+  touch_random_pages(*region, unless_brief(static_cast<std::uint64_t>(state.range(1)), 1'000));
+  run_legacy(state, *region);
 }
 BENCHMARK(legacy_pages_in_64_gib)
     ->ArgNames({"memfd", "pages"})

@@ -17,7 +17,7 @@ namespace {
 constexpr std::uint64_t mib = 1 << 20;
 
 Region populated(std::uint64_t bytes, bool huge) {
-  Region region = *Region::anonymous(GuestAddress(0), bytes);
+  Region region = value_or_throw(Region::anonymous(GuestAddress(0), bytes));
   madvise(region.host_address(), bytes, huge ? MADV_HUGEPAGE : MADV_NOHUGEPAGE);
   for (std::uint64_t at = 0; at < bytes; at += page_size)
     static_cast<volatile std::byte*>(region.host_address())[at] = std::byte{};
@@ -35,7 +35,7 @@ constexpr WriteWatchOptions fresh{.baseline = Baseline::promise};
 /// Stores to populated memory: the first to each page under a watch, or none.
 void first_stores(benchmark::State& state) {
   const Region region = populated(watched_bytes(), state.range(0) != 0);
-  GuestMemory memory(*MemoryMap::make({region}));
+  GuestMemory memory(value_or_throw(MemoryMap::make({region})));
   for (auto _ : state) {
     if (state.range(1) != 0) {
       state.PauseTiming();
@@ -54,7 +54,7 @@ BENCHMARK(first_stores)->ArgNames({"huge", "watched"})->ArgsProduct({{0, 1}, {0,
 
 void arming(benchmark::State& state) {
   const Region region = populated(watched_bytes(), state.range(0) != 0);
-  GuestMemory memory(*MemoryMap::make({region}));
+  GuestMemory memory(value_or_throw(MemoryMap::make({region})));
   for (auto _ : state) {
     if (const auto armed = memory.arm_write_watch(GuestAddress(0), fresh); !armed) {
       state.SkipWithError(armed.error().message().c_str());
@@ -68,7 +68,7 @@ BENCHMARK(arming)->ArgName("huge")->Arg(0)->Arg(1)->Unit(benchmark::kMillisecond
 /// Of populated memory, every 16th page of which was written.
 void watched_survey(benchmark::State& state) {
   const Region region = populated(watched_bytes(), state.range(0) != 0);
-  GuestMemory memory(*MemoryMap::make({region}));
+  GuestMemory memory(value_or_throw(MemoryMap::make({region})));
   if (const auto armed = memory.arm_write_watch(GuestAddress(0), fresh); !armed) {
     state.SkipWithError(armed.error().message().c_str());
     return;

@@ -20,7 +20,8 @@ constexpr HvCall get_boot_zeroed_memory{.control = 0x8002};
 class AskingGuest {
 public:
   explicit AskingGuest(const Region& region)
-      : memory_(*MemoryMap::make({region})), hypercalls_(*ExtendedHypercalls::create(memory_)), bare_({region}) {}
+      : memory_(value_or_throw(MemoryMap::make({region}))),
+        hypercalls_(value_or_throw(ExtendedHypercalls::create(memory_))), bare_({region}) {}
 
   /// Whether it can be measured.
   [[nodiscard]] bool answers(Measurement& measurement) {
@@ -79,8 +80,8 @@ const Against
     });
 
 void query_capabilities(benchmark::State& state) {
-  const GuestMemory memory(*MemoryMap::make({*Region::memfd(GuestAddress(0), 1 << 20)}));
-  auto hypercalls = *ExtendedHypercalls::create(memory);
+  const GuestMemory memory(value_or_throw(MemoryMap::make({value_or_throw(Region::memfd(GuestAddress(0), 1 << 20))})));
+  auto hypercalls = value_or_throw(ExtendedHypercalls::create(memory));
   for (auto _ : state)
     benchmark::DoNotOptimize(hypercalls.handle({.control = 0x8001}));
 }
