@@ -42,14 +42,14 @@ GuestAddress nth(std::uint64_t first, std::uint64_t i) {
 template <class Memory>
 std::uint64_t read_values(const Memory& of, std::uint64_t first) {
   std::uint64_t sum = 0;
-  for (std::uint64_t i = 0; i < accesses(); ++i)
+  for (std::uint64_t i = 0, count = accesses(); i < count; ++i)
     sum += of.template read_value<std::uint64_t>(nth(first, i)).value_or(0);
   return sum;
 }
 
 template <class Memory>
 void write_values(const Memory& of, std::uint64_t first) {
-  for (std::uint64_t i = 0; i < accesses(); ++i)
+  for (std::uint64_t i = 0, count = accesses(); i < count; ++i)
     benchmark::DoNotOptimize(of.write_value(nth(first, i), i).has_value());
 }
 
@@ -57,7 +57,7 @@ void write_values(const Memory& of, std::uint64_t first) {
 bool holds_values(Measurement& measurement, const vm_memory_peer* peer, std::uint64_t first) {
   const std::uint64_t values = span / 8;
   write_values(memory(), first);
-  vm_memory_peer_write(peer, {first, span, accesses()});
+  if (peer != nullptr) vm_memory_peer_write(peer, {first, span, accesses()});
   // The accesses are whole rounds and a part of one: what a round reads is the last write of each.
   std::uint64_t expected = 0;
   for (std::uint64_t value = 0; value < values; ++value)
@@ -152,14 +152,14 @@ auto slices_of(std::uint64_t misaligned, bool writes) {
     if (!map->read(nth_slice(1), buffer) || buffer != before) return measurement.fail("the slice was not read");
 
     const auto ours = [&] {
-      for (std::uint64_t i = 0; i < slices(); ++i) {
+      for (std::uint64_t i = 0, count = slices(); i < count; ++i) {
         benchmark::DoNotOptimize(writes ? map->write(nth_slice(i), buffer).has_value()
                                         : map->read(nth_slice(i), buffer).has_value());
         benchmark::ClobberMemory();
       }
     };
     const auto floor = [&] {
-      for (std::uint64_t i = 0; i < slices(); ++i) {
+      for (std::uint64_t i = 0, count = slices(); i < count; ++i) {
         if (writes)
           std::memcpy(host + nth_offset(i), buffer.data(), slice);
         else

@@ -28,10 +28,11 @@ struct HeapUse {
 void begin_heap_use();
 [[nodiscard]] HeapUse end_heap_use();
 
-/// `value` of an odd number of them in the middle, or between the two in the middle.
+/// Of at least one value.
 [[nodiscard]] double median(std::vector<double> values);
 
-/// A row's measurement, of which there is one: `run` or `amount`, unless it is skipped or has failed.
+/// What is measured for a row or a point of a plot: by one call of `run` or `amount`, unless it is skipped or has
+/// failed.
 class Measurement {
 public:
   Measurement(benchmark::State& state, std::string unit) : state_(state), unit_(std::move(unit)) {}

@@ -31,7 +31,7 @@ private:
 /// Reads all of the memory, 32 bytes at a time where the machine can, and does nothing else: whether a bit is set.
 [[nodiscard]] bool read_all(const void* memory, std::uint64_t bytes);
 
-/// How much memory could be had now (MemAvailable of /proc/meminfo), and half of that in whole units.
+/// How much memory could be had now: MemAvailable of /proc/meminfo, in bytes.
 [[nodiscard]] std::uint64_t available_memory();
 
 } // namespace cppvmm::bench

@@ -1,10 +1,7 @@
 #pragma once
 #include "beside.hpp"
 #include "floors.hpp"
-#include <cerrno>
-#include <cstddef>
 #include <cstdint>
-#include <memory>
 #include <optional>
 #include <random>
 #include <string>
