@@ -13,7 +13,7 @@ std::atomic<bool> is_counting = false;
 std::atomic<std::int64_t> held = 0;
 std::atomic<std::int64_t> peak = 0;
 
-void* counted(void* block) {
+[[maybe_unused]] void* counted(void* block) {
   if (block == nullptr) throw std::bad_alloc();
   if (is_counting.load(std::memory_order_relaxed)) {
     const auto size = static_cast<std::int64_t>(malloc_usable_size(block));
@@ -25,26 +25,29 @@ void* counted(void* block) {
   return block;
 }
 
-void give_back(void* block) {
+[[maybe_unused]] void give_back(void* block) {
   if (is_counting.load(std::memory_order_relaxed))
     held.fetch_sub(static_cast<std::int64_t>(malloc_usable_size(block)), std::memory_order_relaxed);
   std::free(block);
 }
 
 // aligned_alloc takes whole multiples only.
-void* take_aligned(std::size_t size, std::align_val_t alignment) {
+[[maybe_unused]] void* take_aligned(std::size_t size, std::align_val_t alignment) {
   const auto unit = static_cast<std::size_t>(alignment);
   return counted(std::aligned_alloc(unit, (size + unit - 1) / unit * unit));
 }
 
 } // namespace
 
+// The thread sanitizer has its own, which nothing replaces: there nothing is counted.
+#if !__has_feature(thread_sanitizer)
 void* operator new(std::size_t size) { return counted(std::malloc(size == 0 ? 1 : size)); }
 void* operator new(std::size_t size, std::align_val_t alignment) { return take_aligned(size, alignment); }
 void operator delete(void* block) noexcept { give_back(block); }
 void operator delete(void* block, std::size_t) noexcept { give_back(block); }
 void operator delete(void* block, std::align_val_t) noexcept { give_back(block); }
 void operator delete(void* block, std::size_t, std::align_val_t) noexcept { give_back(block); }
+#endif
 
 namespace cppvmm::bench {
 
