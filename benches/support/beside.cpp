@@ -1,5 +1,6 @@
 #include "beside.hpp"
 #include <malloc.h>
+import cppvmm.guest_memory;
 
 namespace cppvmm::bench {
 
@@ -99,6 +100,8 @@ int main(int argc, char** argv) {
   // The heap keeps what it was given back: else a round would pay for fresh pages, or not, by chance.
   mallopt(M_MMAP_THRESHOLD, 32 << 20);
   mallopt(M_TRIM_THRESHOLD, 1 << 30);
+  // Kept as the floors keep theirs; without it, each survey opens and closes its own.
+  const auto books = cppvmm::KernelBooks::open();
   register_all();
   benchmark::Initialize(&count, arguments.data());
   if (benchmark::ReportUnrecognizedArguments(count, arguments.data())) return 2;
