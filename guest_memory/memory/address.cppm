@@ -100,6 +100,7 @@ public:
   friend constexpr bool operator==(const PageRange&, const PageRange&) = default;
 
 private:
+  friend class PageSet; // what lies between pages of ranges is in the guest-physical space
   constexpr PageRange(std::uint64_t first, std::uint64_t count) : first_(first), count_(count) {}
 
   std::uint64_t first_ = 0;

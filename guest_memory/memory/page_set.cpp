@@ -10,10 +10,6 @@ import :page_set;
 
 namespace cppvmm {
 
-static PageRange between(PageNumber first, PageNumber end) {
-  return *PageRange::make(first, end.value() - first.value());
-}
-
 /// The first of the ascending ranges that ends behind the page.
 template <class Ranges>
 static auto first_behind(Ranges& ranges, PageNumber page) {
@@ -29,14 +25,22 @@ void PageSet::append(PageNumber first, PageNumber end) {
 }
 
 PageSet PageSet::of(std::vector<PageRange> ranges) {
-  std::ranges::sort(ranges, {}, &PageRange::first);
+  std::ranges::sort(ranges, [](const PageRange& left, const PageRange& right) { return left.first() < right.first(); });
+  auto end = ranges.begin();
+  for (const PageRange& range : ranges) {
+    if (range.empty()) continue;
+    if (end != ranges.begin() && range.first() <= (end - 1)->end())
+      *(end - 1) = between((end - 1)->first(), std::max((end - 1)->end(), range.end()));
+    else
+      *end++ = range;
+  }
+  ranges.erase(end, ranges.end());
   PageSet set;
-  for (const PageRange& range : ranges)
-    if (!range.empty()) set.append(range.first(), range.end());
+  set.ranges_ = std::move(ranges);
   return set;
 }
 
-void PageSet::add(PageRange range) {
+void PageSet::add_among(PageRange range) {
   if (range.empty()) return;
   if (ranges_.empty() || ranges_.back().first() <= range.first()) {
     append(range.first(), range.end());
@@ -77,6 +81,13 @@ void PageSet::add(const PageSet& other) {
   *this = std::move(sum);
 }
 
+void PageSet::add(PageSet&& other) {
+  if (ranges_.empty())
+    ranges_ = std::move(other.ranges_);
+  else
+    add(std::as_const(other));
+}
+
 void PageSet::remove(PageRange range) {
   if (range.empty()) return;
   const auto from = first_behind(ranges_, range.first());
@@ -102,7 +113,7 @@ void PageSet::remove(const PageSet& other) {
     return;
   }
   std::vector<PageRange> difference;
-  difference.reserve(ranges_.size());
+  difference.reserve(ranges_.size() + other.ranges_.size());
   auto hole = first_behind(other.ranges_, ranges_.front().first());
   for (const PageRange& range : ranges_) {
     PageNumber at = range.first();

@@ -21,11 +21,20 @@ public:
 
   /// Adds, removes or keeps only the pages given. Ranges that touch are joined. One range: O(1) behind all others, else
   /// O(log n) and moving up to all ranges behind it. A set: one pass over both.
-  void add(PageRange range);
+  void add(PageRange range) {
+    if (!range.empty() && (ranges_.empty() || ranges_.back().end() < range.first()))
+      ranges_.push_back(range);
+    else
+      add_among(range);
+  }
   void add(const PageSet& other);
+  void add(PageSet&& other);
   void remove(PageRange range);
   void remove(const PageSet& other);
   void intersect(const PageSet& other);
+
+  /// Room for so many ranges in all, so that adding them moves none.
+  void reserve(std::size_t ranges) { ranges_.reserve(ranges); }
 
   [[nodiscard]] bool contains(PageNumber page) const;
   /// Whether every page of `range` is in the set; true for an empty range.
@@ -47,6 +56,10 @@ public:
   friend bool operator==(const PageSet&, const PageSet&) = default;
 
 private:
+  [[nodiscard]] static constexpr PageRange between(PageNumber first, PageNumber end) {
+    return {first.value(), end.value() - first.value()};
+  }
+  void add_among(PageRange range);
   void append(PageNumber first, PageNumber end);
   std::vector<PageRange> ranges_;
 };

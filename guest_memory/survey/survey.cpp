@@ -56,6 +56,7 @@ static PageSet union_of(PageRange region, std::span<const ExtentList> lists) {
       set.add(*PageRange::make(PageNumber(region.first().value() + extent.first), extent.count));
   };
   if (lists.empty()) return result;
+  result.reserve(lists.front().extents().size());
   add_to(result, lists.front());
   // Each list by itself, so that all are added in ascending order.
   for (const ExtentList& list : lists.subspan(1)) {
@@ -202,7 +203,7 @@ static void add_broken(PageSet& touched, const Region& region, EvidenceSource so
 }
 
 /// Surveys one region of RAM, of which `evidence` is known: adds to the survey's sets, and fills the report.
-static void survey_region(const Region& region, const RegionEvidence& evidence, const SurveyOptions& options,
+static void survey_region(const Region& region, RegionEvidence evidence, const SurveyOptions& options,
                           const WriteKnowledge& writes, ContentBudget* budget, Survey& survey, RegionSurvey& report) {
   report.evidence = evidence.kind;
   report.unaccounted_pages = evidence.unaccounted_pages;
@@ -212,6 +213,7 @@ static void survey_region(const Region& region, const RegionEvidence& evidence, 
     touched = union_of(region.pages(), evidence.touched);
     for (const ExtentList& list : evidence.touched)
       report.given_up_pages += list.given_up_pages();
+    evidence.touched = {};
   }
   report.touched_pages = touched.page_count();
   if (evidence.is_foreign) {
@@ -246,7 +248,7 @@ static void survey_region(const Region& region, const RegionEvidence& evidence, 
   report.zeroed_pages = region.pages().count() - touched.page_count();
   // Several looks may have given up the same gaps.
   report.given_up_pages = std::min(report.given_up_pages, touched.page_count());
-  survey.touched.add(touched);
+  survey.touched.add(std::move(touched));
 }
 
 Survey survey_map(const MemoryMap& map, const SurveyOptions& options, const WriteKnowledge& writes,
