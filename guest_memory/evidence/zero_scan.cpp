@@ -18,6 +18,13 @@ namespace cppvmm {
 
 static constexpr std::size_t step = 256; // how often to look whether it can end
 
+/// The way back finds its page in the cache, which leaves memory idle: the next page, which most often is the one
+/// behind it, comes meanwhile. A prefetch is no access, and cannot fault.
+[[gnu::always_inline]] static inline void prefetch_next(const std::byte* at) {
+  for (std::size_t line = 0; line < step; line += 64)
+    __builtin_prefetch(at + page_size + line);
+}
+
 // LOADS: the bytes of a step, joined by OR in register 0. JUMP: to label %l1 if any is not zero. Never inlined: END
 // takes the upper halves of all registers, which no caller expects to keep across a call.
 #define CPPVMM_SCAN_STEP(at, LOADS, JUMP)                                                                              \
@@ -32,8 +39,10 @@ static constexpr std::size_t step = 256; // how often to look whether it can end
     const auto* const bytes = static_cast<const std::byte*>(page);                                                     \
     for (std::size_t at = 0; at < page_size; at += step)                                                               \
       CPPVMM_SCAN_STEP(bytes + at, UP, JUMP);                                                                          \
-    for (std::size_t at = page_size; at > 0; at -= step)                                                               \
+    for (std::size_t at = page_size; at > 0; at -= step) {                                                             \
+      prefetch_next(bytes + page_size - at);                                                                           \
       CPPVMM_SCAN_STEP(bytes + at - step, DOWN, JUMP);                                                                 \
+    }                                                                                                                  \
     asm volatile(END);                                                                                                 \
     return PageContent::zero;                                                                                          \
   data:                                                                                                                \
