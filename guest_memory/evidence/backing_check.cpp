@@ -21,6 +21,7 @@ import :backing;
 import :error;
 import :evidence;
 import :file_data;
+import :guard_file;
 import :holder_probe;
 import :page_evidence;
 import :proc_maps;
@@ -204,28 +205,45 @@ bool BackingCheck::fits(const ListedMapping& mapping) const {
          mapping.offset - mapping.start == stated_.memory.offset - start_;
 }
 
+static bool is_guard(const ListedMapping& mapping) {
+  return !mapping.is_private && !mapping.is_writable && mapping.path == guard_file_path;
+}
+
 /// Those whose mappings, as they are listed, are what was stated, and held by nobody. Of the others nothing is said.
 static std::vector<bool> fit_as_listed(std::span<const StatedMemory> stated, std::span<BackingCheck> checks,
                                        std::span<const std::size_t> asked_for) {
   std::vector<MappedPart> parts;
   parts.reserve(asked_for.size());
-  for (const std::size_t each : asked_for)
+  for (const std::size_t each : asked_for) {
     parts.push_back(checks[each].part());
+    if (stated[each].memory.ends_at_guard_file) parts.back().bytes += page_size;
+  }
   std::vector<std::vector<ListedMapping>> mappings(parts.size());
   const auto listed = for_each_listed_mapping_of(
       parts, [&](std::size_t part, const ListedMapping& mapping) { mappings[part].push_back(mapping); });
   std::vector<bool> fit(parts.size());
   HolderProbe probe;
   for (std::size_t i = 0; i < parts.size(); ++i) {
+    const StatedMemory& each = stated[asked_for[i]];
     BackingCheck& check = checks[asked_for[i]];
+    const std::uint64_t end = check.part().start + each.memory.bytes;
+    bool is_guarded = each.memory.ends_at_guard_file;
+    std::erase_if(mappings[i], [&](const ListedMapping& mapping) {
+      if (mapping.start < end) return false;
+      is_guarded = is_guarded && is_guard(mapping);
+      return true;
+    });
     for (const ListedMapping& mapping : mappings[i])
       check.look_at_free(mapping);
-    fit[i] = !listed[i] && check.fits() && std::ranges::all_of(mappings[i], [&](const ListedMapping& mapping) {
-      const bool is_last = mapping.end == parts[i].start + parts[i].bytes;
-      return mapping.is_writable && probe.is_free(mapping, is_last && stated[asked_for[i]].memory.ends_at_guard_file);
-    });
+    // Of anonymous memory, a part that was mapped anew may get huge pages where the rest gets none.
+    const bool is_one = each.backing != Backing::anonymous || mappings[i].size() == 1;
+    fit[i] = !listed[i] && is_one && check.fits() && is_guarded == each.memory.ends_at_guard_file &&
+             std::ranges::all_of(mappings[i], [&](const ListedMapping& mapping) {
+               return mapping.is_writable && probe.is_free(mapping, is_guarded && mapping.end == end);
+             });
     check.start_over();
   }
+  if (!probe.was_heard()) fit.assign(parts.size(), false);
   return fit;
 }
 
@@ -239,7 +257,7 @@ std::vector<std::optional<MemoryError>> check_backings(std::span<const StatedMem
     results[i] = checks.emplace_back(stated[i]).refused();
     if (results[i]) continue;
     const bool is_listed =
-        source == EvidenceSource::automatic && traits_of(stated[i].backing).is_listed && stated[i].seen == nullptr;
+        source == EvidenceSource::automatic && traits_of(stated[i].backing).is_listed && !stated[i].needs_seen;
     (is_listed ? listed : rest).push_back(i);
   }
   if (!listed.empty()) {

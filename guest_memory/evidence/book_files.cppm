@@ -46,6 +46,7 @@ public:
   [[nodiscard]] bool is_of(std::uint64_t device, std::uint64_t inode) const {
     return device_ == device && inode_ == inode;
   }
+  [[nodiscard]] bool is_same_file(const KeptFile& other) const { return is_of(other.device_, other.inode_); }
 
 private:
   std::uint64_t device_ = 0;
@@ -134,8 +135,8 @@ void prepare_books_for_fork();
 /// that call; else by the device.
 [[nodiscard]] Descriptor open_userfaultfd();
 
-/// A userfaultfd that is ready to be asked for registrations, which must all fail: it is used by everyone. One that is
-/// not kept costs a walk over all mappings of the process when it is closed.
+/// A userfaultfd that is ready to be asked for registrations, which are all to fail: it is used by everyone. One that
+/// is not kept costs a walk over all mappings of the process when it is closed.
 [[nodiscard]] BookFile open_probe();
 /// The same, which is nobody else's.
 [[nodiscard]] Descriptor make_probe();

@@ -16,22 +16,35 @@ import :proc_maps;
 
 namespace cppvmm {
 
-/// What the kernel answers: 0, where the registration did not fail and is taken back, or errno.
+/// What the kernel answers: errno, or 0 where the registration did not fail.
 static int ask(int userfaultfd, std::uint64_t start, std::uint64_t end) {
   uffdio_register request{};
   request.range = {.start = start, .len = end - start};
   request.mode = UFFDIO_REGISTER_MODE_MISSING;
-  if (ioctl(userfaultfd, UFFDIO_REGISTER, &request) != 0) return errno;
-  // What is behind the memory is not what it was. Whoever met a missing page meanwhile goes on now.
-  uffdio_range range{.start = start, .len = end - start};
-  static_cast<void>(ioctl(userfaultfd, UFFDIO_UNREGISTER, &range));
-  return 0;
+  return ioctl(userfaultfd, UFFDIO_REGISTER, &request) == 0 ? 0 : errno;
+}
+
+static bool refuses_nothing(int userfaultfd) {
+  return ioctl(userfaultfd, UFFDIO_REGISTER, nullptr) != 0 && errno == EFAULT;
+}
+
+bool HolderProbe::was_heard() const {
+  return (!shared_ || refuses_nothing(shared_->number())) && (!own_ || refuses_nothing(own_->number()));
 }
 
 bool HolderProbe::is_free(const ListedMapping& mapping, bool ends_at_guard_file) {
   if (!ends_at_guard_file) return is_free_up_to_vdso(mapping);
   if (!shared_) shared_.emplace(open_probe());
-  return shared_->is_open() && ask(shared_->number(), mapping.start, mapping.end + page_size) == EPERM;
+  if (!shared_->is_open()) return false;
+  const std::uint64_t end = mapping.end + page_size;
+  const int answer = ask(shared_->number(), mapping.start, end);
+  if (answer == 0) {
+    // What was behind the memory went just now. Whoever meets a missing page meanwhile goes on then, or, in the
+    // kernel's own accesses, is refused it.
+    uffdio_range range{.start = mapping.start, .len = end - mapping.start};
+    static_cast<void>(ioctl(shared_->number(), UFFDIO_UNREGISTER, &range));
+  }
+  return answer == EPERM;
 }
 
 /// The kernel's own page in every process, which can't be registered; 0 where this process has it no more.
@@ -45,10 +58,11 @@ static std::uint64_t find_vdso() {
 // to be free, would lose it when ours goes. What is in between is asked for too, and makes no more than a doubt.
 bool HolderProbe::is_free_up_to_vdso(const ListedMapping& mapping) {
   if (!vdso_) vdso_ = find_vdso();
-  // One of its own: if a registration succeeds that can't be taken back, it ends with this.
   if (!own_) own_.emplace(make_probe());
-  if (*vdso_ < mapping.end || !own_->is_open()) return false;
+  if (*vdso_ < mapping.end || !own_->is_open() || ++far_questions_ > most_far_questions) return false;
   const int answer = ask(own_->number(), mapping.start, *vdso_ + page_size);
+  // One that succeeds ends with the descriptor, which takes nothing from others.
+  if (answer == 0) own_.emplace(make_probe());
   return answer == EPERM || answer == EINVAL;
 }
 

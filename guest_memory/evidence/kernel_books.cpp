@@ -59,6 +59,13 @@ static int keep_shared_files(BookSet& books) {
   return refused;
 }
 
+/// None where all userfaultfds are the same file (before Linux 5.12): an embedder's could pass for it.
+static KeptFile keepable_probe() {
+  KeptFile probe(make_probe());
+  const KeptFile another(make_probe());
+  return probe.is_same_file(another) ? KeptFile() : std::move(probe);
+}
+
 MemoryResult<KernelBooks> KernelBooks::open() {
   auto books = std::make_shared<BookSet>();
   if (const int error = books->token.error(); error != 0)
@@ -76,7 +83,7 @@ MemoryResult<KernelBooks> KernelBooks::open() {
   open_book(KernelBook::shared_memory, &BookSet::shared_memory, O_RDONLY | O_DIRECTORY);
   open_book(KernelBook::userfaultfd, &BookSet::userfaultfd, O_RDWR);
   open_book(KernelBook::mapping_list, &BookSet::mapping_list, O_RDONLY);
-  books->probe = KeptFile(make_probe());
+  books->probe = keepable_probe();
   if (books->shared_memory.number() >= 0)
     books->errors[static_cast<std::size_t>(KernelBook::shared_memory)] = keep_shared_files(*books);
   // While a userfaultfd can be had.

@@ -45,9 +45,11 @@ struct FileMapping {
 
 /// Which entries of the page tables count.
 enum class PageEntries : std::uint8_t {
-  all,            ///< All but those of the shared zero page.
-  pages,          ///< Of anonymous memory: the same, but for those that remember write protection where no page is.
-  small_pages,    ///< The same where there are no transparent huge pages: where one is found, nothing is known.
+  all,   ///< All but those of the shared zero page.
+  pages, ///< Of anonymous memory: the same, but for those that remember write protection where no page is.
+  /// The same where there are no transparent huge pages: where one is found, or the kernel does not tell them (before
+  /// Linux 6.7), nothing is known.
+  small_pages,
   private_copies, ///< Of a private file mapping: pages that are no longer the file's.
 };
 
@@ -60,6 +62,9 @@ enum class PageEntries : std::uint8_t {
 /// Of private memory: what has an entry in this process's page tables.
 [[nodiscard]] RegionEvidence page_table_evidence(const void* host, std::uint64_t bytes, PageEntries entries,
                                                  EvidenceSource source);
+
+/// Whether own page tables have entries of huge pages, the huge page of zeros included. Linux 6.7.
+[[nodiscard]] MemoryResult<bool> has_huge_entries(const void* host, std::uint64_t bytes);
 
 /// What has an entry of no page in this process's page tables, though nothing may have been written there: an access is
 /// no read of zeros but a signal. Pages that were lost to a memory error or poisoned (UFFDIO_POISON), guard pages
@@ -132,9 +137,10 @@ struct StatedMemory {
   FileMapping memory;
   Backing backing = Backing::unknown;
   RegionKind kind = RegionKind::ram;
-  /// What else was seen of it is added there, if there is one: of private memory that may have small pages and
-  /// transparent huge ones.
+  /// What else was seen of it is added there, if there is one.
   SeenPages* seen = nullptr;
+  /// Whether that has to be looked at.
+  bool needs_seen = false;
 };
 
 /// Whether every page is of the kind that its owner stated, accessible, and not for a userfaultfd handler to fill;

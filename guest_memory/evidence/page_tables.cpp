@@ -366,15 +366,26 @@ MemoryResult<std::vector<ExtentList>> broken_entries(const void* host, std::uint
   return lists;
 }
 
+MemoryResult<bool> has_huge_entries(const void* host, std::uint64_t bytes) {
+  const auto start = reinterpret_cast<std::uintptr_t>(host);
+  const BookFile pagemap = open_page_tables();
+  if (!pagemap.is_open()) return std::unexpected(*no_evidence("open /proc/self/pagemap", start, bytes, errno).error);
+  bool found = false;
+  const ScanFor huge{.any_of = page_is_huge};
+  if (const auto error = scan_pages(pagemap.number(), start, bytes, huge, [&](Extent) { found = true; }))
+    return std::unexpected(*error);
+  return found;
+}
+
 RegionEvidence page_table_evidence(const void* host, std::uint64_t bytes, PageEntries entries, EvidenceSource source) {
   const auto start = reinterpret_cast<std::uintptr_t>(host);
   const BookFile pagemap = open_page_tables();
   if (!pagemap.is_open()) return no_evidence("open /proc/self/pagemap", start, bytes, errno);
   RegionEvidence result;
   if (source == EvidenceSource::automatic) result = scan(pagemap.number(), start, bytes, entries);
-  // A kernel without the ioctl says ENOTTY, a sandbox something else.
-  const bool is_refused = result.error && result.error->code == MemoryErrc::unavailable;
-  if (result.kind == Evidence::none && !is_refused) result = read_entries(pagemap.number(), start, bytes, entries);
+  // A kernel without the ioctl says ENOTTY, a sandbox something else. Reading does not tell huge pages.
+  if (result.kind == Evidence::none && entries != PageEntries::small_pages)
+    result = read_entries(pagemap.number(), start, bytes, entries);
   return result;
 }
 

@@ -105,7 +105,8 @@ static void look_at_mappings(std::span<LookedAt> looks, EvidenceSource source) {
     stated.push_back({.memory = file_mapping(*look.region),
                       .backing = look.region->backing(),
                       .kind = look.region->kind(),
-                      .seen = may_be_mixed(*look.region) && look.small_pages == 0 ? &look.seen : nullptr});
+                      .seen = &look.seen,
+                      .needs_seen = may_be_mixed(*look.region) && look.small_pages == 0});
   }
   if (stated.empty()) return;
   const auto refused = check_backings(stated, source);

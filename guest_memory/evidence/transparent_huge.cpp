@@ -5,12 +5,14 @@ module;
 #include <functional>
 #include <linux/membarrier.h>
 #include <mutex>
+#include <optional>
 #include <sys/syscall.h>
 #include <unistd.h>
 module cppvmm.guest_memory:transparent_huge.impl;
 import :backing;
 import :error;
 import :mapping;
+import :page_evidence;
 import :proc_maps;
 import :region;
 import :transparent_huge;
@@ -24,12 +26,16 @@ int wait_for_spin_locks() {
 
 static bool shows_small_pages_only(const Region& region) {
   bool small = true;
-  const auto walked = for_each_mapping(reinterpret_cast<std::uintptr_t>(region.host_address()), region.bytes(),
-                                       [&](const ProcMapping& mapping) {
-                                         small = !mapping.has_huge_pages && !mapping.may_get_huge_pages;
-                                         return small;
-                                       });
-  return walked && small;
+  const auto walked = for_each_mapping(
+      reinterpret_cast<std::uintptr_t>(region.host_address()), region.bytes(), [&](const ProcMapping& mapping) {
+        small = !mapping.has_huge_pages && !mapping.may_get_huge_pages && !mapping.has_given_up_pages;
+        return small;
+      });
+  if (!walked || !small) return false;
+  // smaps does not count the huge page of zeros. From Linux 6.13 on, a store makes a huge page of it, whatever the
+  // mapping is marked as.
+  const auto huge = has_huge_entries(region.host_address(), region.bytes());
+  return huge && !*huge;
 }
 
 /// Whether private memory that is given no huge pages any more has none: one that the kernel is taking back just now

@@ -1,6 +1,7 @@
 module;
 #include <fcntl.h>
 #include <linux/memfd.h>
+#include <string_view>
 #include <sys/mman.h>
 module cppvmm.guest_memory:guard_file;
 import :descriptor;
@@ -16,5 +17,8 @@ namespace cppvmm {
   if (file.is_open() && fcntl(file.number(), F_ADD_SEALS, seal_future_write) != 0) return {};
   return file;
 }
+
+/// What the kernel's list of mappings says of it.
+inline constexpr std::string_view guard_file_path = "/memfd:cppvmm-guard (deleted)";
 
 } // namespace cppvmm

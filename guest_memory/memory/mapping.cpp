@@ -74,6 +74,12 @@ int Region::Mapping::map_guarded(const HostMemory& memory) {
       reserved = space;
       reserved_bytes = size;
       host = mapped;
+      // A core would have pages of a file that is not there, at these addresses.
+      if (ends_at_guard_file) {
+        const std::uintptr_t behind = aligned + memory.bytes;
+        static_cast<void>(madvise(space, aligned - base, MADV_DONTDUMP));
+        static_cast<void>(madvise(reinterpret_cast<void*>(behind), base + size - behind, MADV_DONTDUMP));
+      }
       return 0;
     }
     const int error = mapped == MAP_FAILED ? errno : EEXIST;

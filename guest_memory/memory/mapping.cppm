@@ -59,7 +59,8 @@ struct Region::Mapping {
   mutable std::atomic<bool> has_recorder = false;
   std::uint64_t huge_page = 0; // of hugetlb kinds, in bytes; 0 where it is not known
   mutable ReplacedPages replaced;
-  // Of anonymous memory, not 0: it has no transparent huge pages, and gets none while this stays as it is.
+  // Of anonymous memory, not 0: it has no transparent huge pages, and gets none while this stays as it is (see
+  // Region::set_huge_pages).
   mutable std::atomic<std::uint64_t> small_pages_proof = 0;
   mutable std::uint64_t small_pages_proofs = 0; // how many there were; with `replaced.mutex` held
   std::shared_ptr<const FileData> file_data;    // of a private file that was read

@@ -66,16 +66,6 @@ MemoryResult<Region> Region::memfd(GuestAddress start, std::uint64_t bytes, Regi
 
 static unsigned huge_flag(HugePageSize page) { return page == HugePageSize::one_gib ? MFD_HUGE_1GB : MFD_HUGE_2MB; }
 
-/// Without guard pages: each hugetlb mapping has a file of its own, and so is never joined with a neighbour.
-template <class Mapping>
-static int map_huge(Mapping& mapping, std::uint64_t bytes, int flags, int fd) {
-  void* mapped = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, flags, fd, 0);
-  if (mapped == MAP_FAILED) return errno;
-  mapping.host = mapping.reserved = mapped;
-  mapping.reserved_bytes = bytes;
-  return 0;
-}
-
 MemoryResult<Region> Region::hugetlb(GuestAddress start, std::uint64_t bytes, HugePageSize page, RegionKind kind) {
   const auto unit = static_cast<std::uint64_t>(page);
   const auto pages = checked_pages(start, bytes, unit, "Region::hugetlb");
@@ -86,8 +76,10 @@ MemoryResult<Region> Region::hugetlb(GuestAddress start, std::uint64_t bytes, Hu
   mapping->backing = Backing::hugetlb;
   mapping->huge_page = unit;
   // mmap encodes the page size as memfd_create does. Reserved, for a fault without a page left would be a SIGBUS.
-  if (const int error =
-          map_huge(*mapping, bytes, MAP_PRIVATE | MAP_ANONYMOUS | MAP_HUGETLB | static_cast<int>(huge_flag(page)), -1))
+  if (const int error = mapping->map_guarded(
+          {.bytes = bytes,
+           .alignment = unit,
+           .flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_HUGETLB | static_cast<int>(huge_flag(page))}))
     return refuse_huge(start, bytes, error);
   return Region(std::move(mapping));
 }

@@ -352,6 +352,57 @@ TEST(Jail, WithoutUserfaultfdIsServedByTheDevice) {
             "");
 }
 
+/// From now on, UFFDIO_REGISTER is refused with that errno.
+bool refuse_registrations(int error) {
+  std::array<sock_filter, 6> program{{
+      BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(seccomp_data, nr)),
+      BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, SYS_ioctl, 0, 3),
+      BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(seccomp_data, args) + sizeof(std::uint64_t)),
+      BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, static_cast<std::uint32_t>(UFFDIO_REGISTER), 0, 1),
+      BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | static_cast<std::uint32_t>(error)),
+      BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW),
+  }};
+  const sock_fprog filter{.len = program.size(), .filter = program.data()};
+  return prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0 && prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &filter) == 0;
+}
+
+// A filter's errno is that of memory which nobody holds.
+TEST(Jail, WhereRegistrationsAreRefusedKnowsWhoHoldsMemory) {
+  if (!test::machine_facts().userfaultfd) GTEST_SKIP() << "this kernel, or this process, has no userfaultfd";
+  for (const int error : {EPERM, EINVAL})
+    for (const bool has_books : {true, false})
+      EXPECT_EQ(in_child([&] -> std::string {
+                  std::vector<Region> regions{*Region::anonymous(GuestAddress(0), bytes),
+                                              *Region::memfd(GuestAddress(bytes), bytes)};
+                  static_cast<void>(regions[0].set_huge_pages(HugePages::never));
+                  const test::Descriptor file(memfd_create("adopted", MFD_CLOEXEC));
+                  if (ftruncate(file.number(), bytes) != 0) return "ftruncate";
+                  void* const own = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, file.number(), 0);
+                  const auto adopted = Region::adopt(
+                      GuestAddress(2 * bytes),
+                      {.host_address = own, .bytes = bytes, .backing = Backing::memfd, .fd = file.number()});
+                  if (!adopted) return adopted.error().message();
+                  regions.push_back(*adopted);
+                  const GuestMemory memory(*MemoryMap::make(regions));
+                  const test::Descriptor holder(static_cast<int>(syscall(SYS_userfaultfd, O_CLOEXEC | 1)));
+                  uffdio_api api{};
+                  api.api = UFFD_API;
+                  if (ioctl(holder.number(), UFFDIO_API, &api) != 0) return "UFFDIO_API";
+                  std::optional<MemoryResult<KernelBooks>> books;
+                  if (has_books) books.emplace(KernelBooks::open());
+                  for (const Region& region : regions) {
+                    uffdio_register request{};
+                    request.range = {.start = reinterpret_cast<std::uintptr_t>(region.host_address()), .len = bytes};
+                    request.mode = UFFDIO_REGISTER_MODE_MISSING;
+                    if (ioctl(holder.number(), UFFDIO_REGISTER, &request) != 0) return "UFFDIO_REGISTER";
+                  }
+                  if (!refuse_registrations(error)) return "seccomp";
+                  return memory.survey().zeroed.empty() ? "" : "pages that a handler has yet to fill are reported";
+                }),
+                "")
+          << "errno " << error << (has_books ? ", with books" : "");
+}
+
 TEST(Jail, WithoutARoomForDescriptorsIsServedByThoseThatAreOpen) {
   EXPECT_EQ(in_child([&] -> std::string {
               std::vector<Made> made;

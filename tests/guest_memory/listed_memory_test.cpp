@@ -67,7 +67,9 @@ class ListedMemory : public testing::TestWithParam<std::tuple<Backing, Behind>> 
 protected:
   void SetUp() override {
     if (!test::machine_facts().userfaultfd) GTEST_SKIP() << "this kernel, or this process, has no userfaultfd";
-    if (backing() != Backing::memfd) {
+    if (backing() == Backing::shared_anonymous && !test::machine_facts().map_files)
+      GTEST_SKIP() << "/proc/self/map_files needs privileges";
+    if (is_huge()) {
       auto taken = test::HugePagePool::take();
       if (!taken) GTEST_SKIP() << taken.error();
       pool.emplace(std::move(*taken));
@@ -75,6 +77,11 @@ protected:
     const auto made = behind() == Behind::guard ? make() : adopt();
     ASSERT_TRUE(made) << made.error().message();
     region.emplace(*made);
+    if (backing() == Backing::anonymous) {
+      if (!test::machine_facts().pagemap_scan || !test::machine_facts().membarrier)
+        GTEST_SKIP() << "this kernel does not tell that there are no huge pages";
+      if (auto set = region->set_huge_pages(HugePages::never); !set) GTEST_SKIP() << set.error().message();
+    }
     memory.replace(*MemoryMap::make({*region}));
     ASSERT_TRUE(memory.write_value(GuestAddress(0), std::uint64_t{1}));
   }
@@ -84,6 +91,7 @@ protected:
     if (space != MAP_FAILED) EXPECT_EQ(munmap(space, mapped), 0);
   }
   [[nodiscard]] static Backing backing() { return std::get<0>(GetParam()); }
+  [[nodiscard]] static bool is_huge() { return backing() == Backing::hugetlb || backing() == Backing::hugetlb_memfd; }
   [[nodiscard]] static Behind behind() { return std::get<1>(GetParam()); }
 
   [[nodiscard]] static MemoryResult<Region> make() {
@@ -92,6 +100,8 @@ protected:
       return Region::hugetlb(GuestAddress(0), bytes, HugePageSize::two_mib);
     case Backing::hugetlb_memfd:
       return Region::hugetlb_memfd(GuestAddress(0), bytes, HugePageSize::two_mib);
+    case Backing::anonymous:
+      return Region::anonymous(GuestAddress(0), bytes);
     default:
       return Region::memfd(GuestAddress(0), bytes);
     }
@@ -106,10 +116,11 @@ protected:
     if (space == MAP_FAILED) return refuse("mmap");
     const std::uintptr_t at = (reinterpret_cast<std::uintptr_t>(space) + huge - 1) / huge * huge;
     auto* const host = reinterpret_cast<char*>(at);
-    int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_HUGETLB;
-    if (backing() != Backing::hugetlb) {
+    int flags = (backing() == Backing::shared_anonymous ? MAP_SHARED : MAP_PRIVATE) | MAP_ANONYMOUS;
+    if (backing() == Backing::hugetlb) flags |= MAP_HUGETLB;
+    if (backing() == Backing::memfd || backing() == Backing::hugetlb_memfd) {
       flags = MAP_SHARED;
-      file = test::Descriptor(memfd_create("listed", MFD_CLOEXEC | (backing() == Backing::memfd ? 0U : MFD_HUGETLB)));
+      file = test::Descriptor(memfd_create("listed", MFD_CLOEXEC | (is_huge() ? MFD_HUGETLB : 0U)));
       if (!file.is_open() || ftruncate(file.number(), bytes) != 0) return refuse("memfd_create");
     }
     if (mmap(host, bytes, PROT_READ | PROT_WRITE, flags | MAP_FIXED, file.number(), 0) == MAP_FAILED)
@@ -159,7 +170,7 @@ protected:
     uffdio_api api{};
     api.api = UFFD_API;
     if (mode == UFFDIO_REGISTER_MODE_WP) api.features = wp_hugetlbfs_shmem;
-    if (mode == UFFDIO_REGISTER_MODE_MINOR) api.features = backing() == Backing::memfd ? minor_shmem : minor_hugetlbfs;
+    if (mode == UFFDIO_REGISTER_MODE_MINOR) api.features = is_huge() ? minor_hugetlbfs : minor_shmem;
     if (ioctl(userfaultfd.number(), UFFDIO_API, &api) != 0) return errno;
     uffdio_register request{};
     request.range = {.start = reinterpret_cast<std::uintptr_t>(at), .len = huge};
@@ -176,21 +187,26 @@ protected:
 };
 
 INSTANTIATE_TEST_SUITE_P(Kinds, ListedMemory,
-                         testing::Combine(testing::Values(Backing::memfd, Backing::hugetlb, Backing::hugetlb_memfd),
-                                          testing::Values(Behind::guard, Behind::nothing, Behind::anonymous,
-                                                          Behind::file, Behind::many)),
+                         testing::Combine(testing::Values(Backing::memfd, Backing::shared_anonymous, Backing::anonymous,
+                                                          Backing::hugetlb, Backing::hugetlb_memfd),
+                                          testing::Values(Behind::nothing, Behind::anonymous, Behind::file,
+                                                          Behind::many)),
                          name_of);
 
 /// Of regions that cppvmm makes.
 class OwnListedMemory : public ListedMemory {};
 
-INSTANTIATE_TEST_SUITE_P(Kinds, OwnListedMemory,
-                         testing::Combine(testing::Values(Backing::memfd, Backing::hugetlb, Backing::hugetlb_memfd),
-                                          testing::Values(Behind::guard)),
-                         name_of);
+constexpr auto of_ours = [] {
+  return testing::Combine(testing::Values(Backing::memfd, Backing::anonymous, Backing::hugetlb, Backing::hugetlb_memfd),
+                          testing::Values(Behind::guard));
+};
+INSTANTIATE_TEST_SUITE_P(Own, ListedMemory, of_ours(), name_of);
+INSTANTIATE_TEST_SUITE_P(Kinds, OwnListedMemory, of_ours(), name_of);
 
 /// Pages that a survey must not report where it is known who holds what: the one that was written, or its huge page.
-std::uint64_t written_pages(Backing backing) { return backing == Backing::memfd ? 1 : huge / page_size; }
+std::uint64_t written_pages(Backing backing) {
+  return backing == Backing::hugetlb || backing == Backing::hugetlb_memfd ? huge / page_size : 1;
+}
 
 TEST_P(ListedMemory, IsAnsweredAsByTheWholeList) {
   const Survey survey = memory.survey();
@@ -230,13 +246,13 @@ TEST_P(ListedMemory, IsAnsweredWhereAnotherWatchesItsWrites) {
     GTEST_SKIP() << "this memory, or kernel, has no write protection by userfaultfd: " << std::strerror(refused);
   const Survey survey = memory.survey();
   // Of the pool's pages, the survey needs a registration of its own.
-  if (backing() == Backing::memfd) EXPECT_EQ(survey.zeroed.page_count(), bytes / page_size - 1);
+  if (!is_huge()) EXPECT_EQ(survey.zeroed.page_count(), bytes / page_size - 1);
   EXPECT_FALSE(survey.zeroed.contains(PageNumber(0)));
   EXPECT_TRUE(is_held());
 }
 
 TEST_P(ListedMemory, IsNotAnsweredWhereAnotherFileIsMappedOverIt) {
-  const test::Descriptor other(memfd_create("other", MFD_CLOEXEC | (backing() == Backing::memfd ? 0U : MFD_HUGETLB)));
+  const test::Descriptor other(memfd_create("other", MFD_CLOEXEC | (is_huge() ? MFD_HUGETLB : 0U)));
   ASSERT_EQ(ftruncate(other.number(), bytes), 0);
   auto* const at = static_cast<char*>(region->host_address()) + huge;
   ASSERT_EQ(mmap(at, huge, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED | MAP_NORESERVE, other.number(), 0), at)
@@ -250,6 +266,7 @@ TEST_P(ListedMemory, IsNotAnsweredWhereAnotherFileIsMappedOverIt) {
 // A registration that was to fail succeeds, and is taken back.
 TEST_P(OwnListedMemory, IsAnsweredWhereItsGuardPagesAreGone) {
   auto* const behind = static_cast<char*>(region->host_address()) + bytes;
+  // So that what is behind it can be registered as the memory can.
   ASSERT_EQ(mmap(behind, page_size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0), behind);
   EXPECT_EQ(memory.survey().zeroed.page_count(), bytes / page_size - written_pages(backing()));
   EXPECT_FALSE(is_held()) << "the survey's own registration stays behind";
