@@ -18,6 +18,7 @@ import :error;
 import :evidence;
 import :extents;
 import :guest_memory;
+import :marks;
 import :memory_map;
 import :page_evidence;
 import :page_set;
@@ -26,8 +27,10 @@ import :region;
 import :region_evidence;
 import :region_use;
 import :survey;
+import :survey_bound;
 import :survey_map;
 import :touched_map;
+import :toucher;
 import :write_record;
 import :write_watch;
 
@@ -37,23 +40,20 @@ struct GuestMemory::State {
   explicit State(MemoryMap first) : map(std::move(first)) {}
 
   PublishedMap map;
-  mutable std::mutex marks_mutex; // held through discards
-  TouchedMap marks;               // bounded, for a guest may decide where devices write
+  Marks marks{map};
   // Held while a watch or log begins or ends, which can take as long as reading all memory.
   std::mutex changing_writes;
   mutable std::mutex writes_mutex; // of the next one
   WriteKnowledge writes;
 
-  /// Whoever adds to the marks, or splits some, bounds them. To half of what is allowed, so that it is rarely done.
-  void bound_marks() {
-    if (marks.entry_count() > GuestMemory::most_marks) marks.join_neighbours(GuestMemory::most_marks / 2);
-  }
   [[nodiscard]] WriteKnowledge known_writes() const {
     const std::lock_guard lock(writes_mutex);
     return writes;
   }
   void forget_writes();
 };
+
+static constexpr PageRange every_page = *PageRange::make(PageNumber(0), guest_space_end >> page_shift);
 
 /// Watches, which end with it: surveys in progress may have them still.
 struct EndedWatches {
@@ -254,35 +254,28 @@ bool GuestMemory::end_write_log() {
   return true;
 }
 
-void GuestMemory::mark_touched(PageRange pages, Touchers by) {
-  const std::lock_guard lock(state_->marks_mutex);
-  state_->marks.mark(pages, by);
-  state_->bound_marks();
-}
+void GuestMemory::mark_touched(PageRange pages, Touchers by) noexcept { state_->marks.mark(pages, by); }
 
-void GuestMemory::clear_marks(PageRange pages) {
-  const std::lock_guard lock(state_->marks_mutex);
-  state_->marks.clear(pages);
-  state_->bound_marks();
-}
+void GuestMemory::clear_marks(PageRange pages) noexcept { state_->marks.clear(pages); }
 
 TouchedMap GuestMemory::marks() const {
-  const std::lock_guard lock(state_->marks_mutex);
-  return state_->marks;
+  TouchedMap result;
+  Marks::View(state_->marks).for_each(every_page, [&](PageRange pages, Touchers by) {
+    result.mark(pages, by);
+    if (result.entry_count() > 2 * most_marks) result.join_neighbours(most_marks);
+  });
+  result.join_neighbours(most_marks);
+  return result;
 }
 
-// Marks are cleared after the pages were discarded, and nobody reads or makes one in between: a survey that does not
-// see them reads them after the pages became zero, and a mark made meanwhile is not lost.
+// Nobody looks at marks between their removal and the end of the discard: a survey that does not see them looks after
+// the pages became zero.
 MemoryResult<Discarded> GuestMemory::discard(const PageSet& pages) {
-  const std::lock_guard lock(state_->marks_mutex);
+  Marks::Taken marks(state_->marks, pages);
   const auto map = snapshot();
   auto done = map->discard(pages);
   // Of another map, the marks may be of other memory.
-  if (done && snapshot() == map)
-    for (const PageRange& range : pages.ranges()) {
-      state_->marks.clear(range);
-      state_->bound_marks();
-    }
+  if (done && snapshot() == map) marks.forget();
   if (done)
     for (const auto& watch : state_->known_writes().watches) {
       PageSet watched = pages;
@@ -311,12 +304,7 @@ Survey GuestMemory::survey(const SurveyOptions& options) const {
     const auto map = snapshot();
     Survey survey = survey_map(*map, options, state_->known_writes(), budget ? &*budget : nullptr);
     // Marks are read last: all that were made before the survey began are among them.
-    const TouchedMap by_hand = marks();
-    for (const auto& [pages, by] : by_hand.entries())
-      survey.touchers.mark(pages, by);
-    PageSet marked = by_hand.pages();
-    marked.intersect(survey.ram);
-    survey.touched.add(marked);
+    add_marks(survey, state_->marks);
     const bool current = snapshot() == map;
     if (!current && attempt < attempts) continue;
     if (!current) survey.touched = survey.ram;

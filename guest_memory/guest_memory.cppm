@@ -57,13 +57,20 @@ public:
   }
 
   /// Declares pages touched that the kernel's books may not show, such as those written by device DMA that bypasses
-  /// this process. Marks stay until clear_marks, whatever happens to the map. Of more than `most_marks` ranges, those
-  /// with the smallest gaps between them become one, and what is in between counts as marked too, pages that were just
-  /// cleared or discarded included: none is lost.
-  void mark_touched(PageRange pages, Touchers by);
-  void clear_marks(PageRange pages);
+  /// this process. Marks stay until they are cleared or their pages discarded, whatever happens to the map.
+  ///
+  /// From any thread, without a lock, and at O(1) for a page: once a part of the memory has marks, all that is shared
+  /// is the word of the page, which is not written if the page is marked already. Takes 4 bits for each page of 128 MiB
+  /// of RAM that has marks. Where the map has no RAM, marks take some MiB at most: of those that are scattered further,
+  /// all 128 MiB (or 1 TiB) that they are in count as marked, also if RAM comes there later, and so they do where no
+  /// memory is to be had for this. None is lost, and nothing is thrown.
+  void mark_touched(PageRange pages, Touchers by) noexcept;
+  /// Waits for a discard, and for whoever reads marks. Where no memory is to be had to tell pages apart that were
+  /// marked as a large whole, they stay marked.
+  void clear_marks(PageRange pages) noexcept;
+  /// A copy of at most `most_marks` ranges. Of more, those with the smallest gaps between them become one there, and
+  /// what is in between counts as marked too. (Surveys go by the marks themselves.)
   [[nodiscard]] TouchedMap marks() const;
-  /// How many ranges of marks are kept.
   static constexpr std::size_t most_marks = std::size_t{1} << 16;
 
   /// Watches the writes to the region of RAM that starts at `start`, for memory that is all present (populated, locked,
@@ -101,8 +108,8 @@ public:
 
   /// MemoryMap::discard of the current map, and takes the marks of those pages back, as their content is gone. For a
   /// balloon that inflates (one that deflates needs nothing); a region that is unplugged is just removed. Calls that
-  /// look at marks wait for it, and so do surveys; snapshot() and accesses do not. When it fails, or when the map is
-  /// replaced meanwhile, the marks stay.
+  /// look at marks or clear some wait for it, and so do surveys; mark_touched, snapshot() and accesses do not. When it
+  /// fails, or when the map is replaced meanwhile, the marks stay, and so do those that are made meanwhile.
   [[nodiscard]] MemoryResult<Discarded> discard(const PageSet& pages);
   /// Discards all RAM of the map but `keep`, which may name pages that are no RAM: a machine's reset that leaves what
   /// firmware or the VMM put there. Nothing is done when RAM of unknown backing would have to be discarded.

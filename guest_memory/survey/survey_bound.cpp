@@ -3,16 +3,20 @@ module;
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <ranges>
 #include <span>
 #include <utility>
 #include <vector>
 module cppvmm.guest_memory:survey_bound.impl;
 import :address;
+import :extents;
+import :marks;
 import :page_set;
 import :region;
 import :survey;
 import :survey_bound;
 import :touched_map;
+import :toucher;
 
 namespace cppvmm {
 
@@ -67,8 +71,78 @@ void bound_ranges(Survey& survey) {
   survey.touched.remove(untouched);
 }
 
+/// Who touched the largest ranges, as many as there is room for.
+class LargestMarks {
+public:
+  explicit LargestMarks(std::size_t room) : room_(room) {}
+
+  void add(PageRange pages, Touchers by) {
+    if (room_ == 0) return;
+    entries_.push_back({pages, by});
+    if (entries_.size() >= 2 * room_) keep_largest();
+  }
+  void add_to(TouchedMap& map) {
+    if (entries_.size() > room_) keep_largest();
+    const auto first = [](const TouchedMap::Entry& entry) { return entry.pages.first(); };
+    if (!std::ranges::is_sorted(entries_, {}, first)) std::ranges::sort(entries_, {}, first);
+    // From the last on, for which the map has a quick way.
+    for (const TouchedMap::Entry& entry : std::views::reverse(entries_))
+      map.mark(entry.pages, entry.by);
+  }
+
+private:
+  void keep_largest() {
+    std::ranges::nth_element(entries_, entries_.begin() + static_cast<std::ptrdiff_t>(room_), std::greater<>(),
+                             [](const TouchedMap::Entry& entry) { return entry.pages.count(); });
+    entries_.resize(room_);
+  }
+
+  std::size_t room_;
+  std::vector<TouchedMap::Entry> entries_;
+};
+
+static std::size_t room_for_touchers(const Survey& survey) {
+  return most_survey_ranges - std::min(most_survey_ranges, survey.touchers.entry_count());
+}
+
+void add_marks(Survey& survey, const Marks& marks) {
+  const Marks::View view(marks);
+  if (view.is_blank()) return;
+  LargestMarks touchers(room_for_touchers(survey));
+  const PageSet evidence = std::exchange(survey.touched, {});
+  survey.ram = {};
+  auto next = evidence.ranges().begin();
+  for (RegionSurvey& report : std::exchange(survey.regions, {})) {
+    if (report.kind == RegionKind::ram) {
+      // What evidence calls touched and what is marked, together in ascending order.
+      ExtentList touched;
+      const auto add_evidence = [&](PageNumber last) {
+        for (; next != evidence.ranges().end() && std::max(next->first(), report.pages.first()) <= last; ++next) {
+          const std::uint64_t first = std::max(next->first(), report.pages.first()).value();
+          touched.add({first, std::min(next->end(), report.pages.end()).value() - first});
+          if (next->end() > report.pages.end()) return; // it goes on in the next region
+        }
+      };
+      view.for_each(report.pages, [&](PageRange pages, Touchers by) {
+        add_evidence(pages.first());
+        touched.add({pages.first().value(), pages.count()});
+        touchers.add(pages, by);
+      });
+      add_evidence(PageNumber(report.pages.end().value() - 1));
+      for (const Extent& extent : touched.extents())
+        survey.touched.add(*PageRange::make(PageNumber(extent.first), extent.count));
+      report.given_up_pages += touched.given_up_pages();
+      report.zeroed_pages -= touched.given_up_pages();
+      survey.ram.add(report.pages);
+    }
+    survey.regions.push_back(report);
+    bound_ranges(survey);
+  }
+  touchers.add_to(survey.touchers);
+}
+
 void mark_bounded(Survey& survey, const PageSet& pages, Touchers by) {
-  const std::size_t room = most_survey_ranges - std::min(most_survey_ranges, survey.touchers.entry_count());
+  const std::size_t room = room_for_touchers(survey);
   if (pages.range_count() <= room) {
     survey.touchers.mark(pages, by);
     return;

@@ -2,6 +2,7 @@ module;
 #include <cstddef>
 module cppvmm.guest_memory:survey_bound;
 import :extents;
+import :marks;
 import :page_set;
 import :survey;
 import :touched_map;
@@ -15,6 +16,9 @@ inline constexpr std::size_t most_survey_ranges = ExtentList::default_limit;
 /// is not touched, all but the `most_survey_ranges / 2` largest are given up and count as touched. So no answer lacks
 /// any that it could have room for; one that reaches to the end of the RAM so far is kept, for it may go on.
 void bound_ranges(Survey& survey);
+
+/// Adds what is marked of the regions that the survey has, which it bounds anew.
+void add_marks(Survey& survey, const Marks& marks);
 
 /// Notes who touched the pages, of the largest ranges where there are too many.
 void mark_bounded(Survey& survey, const PageSet& pages, Touchers by);

@@ -39,7 +39,12 @@ TouchedMap& TouchedMap::operator=(TouchedMap&& other) noexcept = default;
 TouchedMap::~TouchedMap() = default;
 
 void TouchedMap::mark(PageRange pages, Touchers by) {
-  if (!pages.empty() && !by.empty()) intervals_->map.add({interval(pages), by.bits()});
+  if (pages.empty() || by.empty()) return;
+  auto& map = intervals_->map;
+  if (!map.empty() && pages.end().value() <= map.begin()->first.lower())
+    map.add(map.begin(), {interval(pages), by.bits()}); // O(1)
+  else
+    map.add({interval(pages), by.bits()});
 }
 
 void TouchedMap::mark(const PageSet& pages, Touchers by) {

@@ -1,6 +1,8 @@
+#include <cstddef>
 #include <cstdint>
 #include <functional>
 #include <gtest/gtest.h>
+#include <new>
 #include <string>
 
 #include "support/failing_allocations.hpp"
@@ -83,6 +85,61 @@ TEST_P(OutOfMemory, ADiscardLeavesNothingBehind) {
     GTEST_SKIP() << "this kernel discards no huge pages of private memory";
   expect_nothing_left([this] { static_cast<void>(memory.discard(pages(0, 512))); });
   EXPECT_EQ(*memory.read_value<char>(GuestAddress(5 * page_size)), 0);
+}
+
+TEST(OutOfMemoryMarks, AreNotLost) {
+  constexpr std::uint64_t leaf = std::uint64_t{1} << 15;
+  for (long allowed = 0; allowed <= 4; ++allowed) {
+    GuestMemory memory(*MemoryMap::make({*Region::anonymous(GuestAddress(0), 4 * leaf * page_size)}));
+    test::allocations_left = allowed;
+    memory.mark_touched(pages(5, 1), Toucher::device);
+    memory.mark_touched(pages(leaf + 5, 2 * leaf), Toucher::guest);
+    test::allocations_left = -1;
+    const TouchedMap marks = memory.marks();
+    EXPECT_TRUE(marks.at(PageNumber(5)).has(Toucher::device)) << allowed;
+    EXPECT_TRUE(marks.pages().contains(pages(leaf + 5, 2 * leaf))) << allowed;
+    EXPECT_FALSE(memory.survey().zeroed.contains(PageNumber(5))) << allowed;
+    EXPECT_EQ(allowed < 4, marks.pages().contains(pages(3 * leaf, leaf))) << allowed;
+    memory.clear_marks(pages(0, 4 * leaf));
+    EXPECT_TRUE(memory.survey().touched.empty()) << allowed;
+  }
+}
+
+TEST(OutOfMemoryMarks, AreNotLostByADiscardThatThrows) {
+  constexpr std::uint64_t leaf = std::uint64_t{1} << 15;
+  GuestMemory memory(*MemoryMap::make({*Region::anonymous(GuestAddress(0), 4 * leaf * page_size)}));
+  memory.mark_touched(pages(0, 4 * leaf), Toucher::device);
+  const PageSet some(pages(7, leaf));
+  test::fail_each_allocation([&] {
+    try {
+      if (!memory.discard(some)) return true;
+    } catch (const std::bad_alloc&) {
+      EXPECT_TRUE(memory.marks().pages().contains(pages(0, 4 * leaf)));
+      return true;
+    }
+    return false;
+  });
+  TouchedMap expected;
+  expected.mark(pages(0, 4 * leaf), Toucher::device);
+  // What could not be told apart stays.
+  EXPECT_TRUE(memory.marks().at(PageNumber(6)).has(Toucher::device));
+  EXPECT_TRUE(memory.marks().pages().contains(pages(leaf + 7, 3 * leaf - 7)));
+  ASSERT_TRUE(memory.discard(some));
+  expected.clear(pages(7, leaf));
+  EXPECT_EQ(memory.marks(), expected);
+}
+
+TEST(OutOfMemoryMarks, TakeBoundedMemoryWhereThereIsNoRam) {
+  constexpr std::uint64_t leaf = std::uint64_t{1} << 15;
+  constexpr std::uint64_t all = guest_space_end / page_size;
+  GuestMemory memory(*MemoryMap::make({*Region::anonymous(GuestAddress(0), 4 * leaf * page_size)}));
+  const std::size_t before = test::bytes_held;
+  for (std::uint64_t page = 9; page < all; page += 64 * leaf)
+    memory.mark_touched(pages(page, 1), Toucher::device);
+  EXPECT_LT(test::bytes_held, before + (std::size_t{8} << 20));
+  const PageSet marked = memory.marks().pages();
+  for (std::uint64_t page = 9; page < all; page += 64 * leaf)
+    ASSERT_TRUE(marked.contains(PageNumber(page))) << page;
 }
 
 } // namespace

@@ -81,6 +81,44 @@ TEST_F(ScatteredOverRegions, EachRegionSaysWhatWasGivenUp) {
   EXPECT_EQ(survey.zeroed.page_count() + given_up, zero.page_count());
 }
 
+/// The same, with marks in place of all stores, or of every other one.
+class MarkedOverRegions : public ScatteredOverRegions, public testing::WithParamInterface<bool> {
+protected:
+  MarkedOverRegions() {
+    const auto map = memory.snapshot();
+    for (const Region& region : map->regions())
+      EXPECT_TRUE(region.discard(region.pages()));
+    std::uint64_t number = 0;
+    for (const PageRange& range : touched.ranges())
+      if (GetParam() || ++number % 2 == 0)
+        memory.mark_touched(range, number % 3 == 0 ? Toucher::device : Toucher::host);
+      else
+        EXPECT_TRUE(memory.write_value(range.start_address(), std::uint8_t{1}));
+  }
+};
+
+INSTANTIATE_TEST_SUITE_P(Marks, MarkedOverRegions, testing::Values(true, false),
+                         [](const auto& info) { return info.param ? "Alone" : "BesideEvidence"; });
+
+TEST_P(MarkedOverRegions, TheLargestRangesOfAllAreKept) {
+  const Survey survey = memory.survey();
+  EXPECT_LE(survey.zeroed.range_count(), most);
+  EXPECT_LE(survey.touched.range_count(), most + 1);
+  EXPECT_LE(survey.touchers.entry_count(), most);
+  EXPECT_EQ(survey.zeroed.largest(255), zero.largest(255));
+  PageSet missing = touched;
+  missing.remove(survey.touched);
+  EXPECT_TRUE(missing.empty());
+  PageSet both = survey.touched;
+  both.add(survey.zeroed);
+  EXPECT_EQ(both, survey.ram);
+  std::uint64_t given_up = 0;
+  for (const RegionSurvey& region : survey.regions)
+    given_up += region.given_up_pages;
+  EXPECT_GT(given_up, 0U);
+  EXPECT_EQ(survey.zeroed.page_count() + given_up, zero.page_count());
+}
+
 /// As much RAM as is marked here, none of it touched.
 class Marks : public testing::Test {
 protected:
@@ -107,8 +145,8 @@ TEST_F(Marks, OfTooManyNeighboursAreJoinedAndNoneIsLost) {
   lost.remove(kept.pages());
   EXPECT_TRUE(lost.empty());
   const Survey survey = memory.survey();
-  marked.intersect(survey.zeroed);
-  EXPECT_TRUE(marked.empty());
+  EXPECT_EQ(survey.touched, marked);
+  EXPECT_EQ(survey.touchers.pages(), marked);
   // What is behind the last one is larger than any gap.
   EXPECT_EQ(survey.zeroed.largest(1).front().end(), PageNumber(all));
   EXPECT_FALSE(kept.at(PageNumber(0)).empty());
