@@ -9,6 +9,9 @@ module;
 #include <span>
 #include <utility>
 #include <vector>
+
+#include "survey/shared_runs.hpp"
+
 module cppvmm.guest_memory:guest_memory.impl;
 import :address;
 import :backing;
@@ -29,6 +32,7 @@ import :region_use;
 import :survey;
 import :survey_bound;
 import :survey_map;
+import :survey_stop;
 import :touched_map;
 import :toucher;
 import :write_record;
@@ -51,6 +55,12 @@ struct GuestMemory::State {
     return writes;
   }
   void forget_writes();
+
+  // Shared by those who go by the same source.
+  using Surveys = SharedRuns<EvidenceSource, Survey>;
+  mutable Surveys surveys{2};
+  /// Without what is to be left out.
+  [[nodiscard]] Surveys::Given survey(const SurveyOptions& options, const SurveyStop& stop) const;
 };
 
 static constexpr PageRange every_page = *PageRange::make(PageNumber(0), guest_space_end >> page_shift);
@@ -295,25 +305,40 @@ MemoryResult<Discarded> GuestMemory::reset(const PageSet& keep) {
   return discard(pages);
 }
 
-Survey GuestMemory::survey(const SurveyOptions& options) const {
+GuestMemory::State::Surveys::Given GuestMemory::State::survey(const SurveyOptions& options,
+                                                              const SurveyStop& stop) const {
   constexpr int attempts = 4;
-  const auto begin = std::chrono::steady_clock::now();
   std::optional<ContentBudget> budget;
-  if (options.content_check) budget.emplace(*options.content_check);
+  if (options.content_check) budget.emplace(*options.content_check, &stop);
   for (int attempt = 1;; ++attempt) {
-    const auto map = snapshot();
-    Survey survey = survey_map(*map, options, state_->known_writes(), budget ? &*budget : nullptr);
+    const auto seen = map.snapshot();
+    Survey survey = survey_map(*seen, options, known_writes(), budget ? &*budget : nullptr, stop);
     // Marks are read last: all that were made before the survey began are among them.
-    add_marks(survey, state_->marks);
-    const bool current = snapshot() == map;
-    if (!current && attempt < attempts) continue;
+    add_marks(survey, marks);
+    const bool current = map.snapshot() == seen;
+    const bool is_stopped = stop.is_set();
+    if (!current && !is_stopped && attempt < attempts) continue;
     if (!current) survey.touched = survey.ram;
     survey.zeroed = survey.ram;
     survey.zeroed.remove(survey.touched);
-    survey.zeroed.remove(options.leave_out);
-    survey.cost = std::chrono::steady_clock::now() - begin;
-    return survey;
+    return {.result = std::move(survey), .may_be_shared = !is_stopped};
   }
 }
+
+Survey GuestMemory::survey(const SurveyOptions& options) const {
+  const auto begin = std::chrono::steady_clock::now();
+  const SurveyStop stop(options.stop, begin, options.max_time);
+  std::optional<EvidenceSource> shared_by;
+  if (!options.content_check) shared_by = options.source;
+  const auto run = [&] { return state_->survey(options, stop); };
+  auto survey = state_->surveys.get(shared_by, stop.token(), stop.deadline(), run);
+  // The time was over before one began: nothing is looked at.
+  if (!survey) survey = run().result;
+  survey->zeroed.remove(options.leave_out);
+  survey->cost = std::chrono::steady_clock::now() - begin;
+  return std::move(*survey);
+}
+
+void GuestMemory::set_most_surveys(unsigned most) { state_->surveys.set_most(most); }
 
 } // namespace cppvmm

@@ -125,6 +125,10 @@ public:
   /// once for all regions; no guest memory is touched unless a look at its content is asked for (but for a byte of each
   /// huge page that is there, before Linux 6.7).
   ///
+  /// At most two surveys are made at once (set_most_surveys). Who calls while as many are in progress waits, and has
+  /// the next one together with all who wait: it begins after each of them has called, and what an option leaves out is
+  /// left out for that caller alone. One that looks at content, or by another source, is not shared.
+  ///
   /// A page that is discarded (MADV_DONTNEED, hole punched) during the call may or may not be zeroed. Before Linux 6.5,
   /// pages of a memfd that are allocated and discarded during the call can also hide one of another process's that the
   /// kernel is migrating and that is not mapped here (docs/evidence.md).
@@ -133,6 +137,8 @@ public:
   /// them (EBUSY), and before Linux 6.7 an MADV_DONTNEED of any huge pages of the process waits. The next store to each
   /// faults once. Of a hugetlb file, what other processes wrote is mapped here afterwards.
   [[nodiscard]] Survey survey(const SurveyOptions& options = {}) const;
+  /// How many surveys are made at once, at least one: each takes a processor, and memory of its own.
+  void set_most_surveys(unsigned most);
 
 private:
   struct State;

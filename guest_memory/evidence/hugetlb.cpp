@@ -18,6 +18,7 @@ import :evidence;
 import :extents;
 import :file_data;
 import :page_evidence;
+import :survey_stop;
 import :userfault;
 
 namespace cppvmm {
@@ -65,6 +66,7 @@ RegionEvidence hugetlb_evidence(const void* host, std::uint64_t bytes, EvidenceS
   if (source == EvidenceSource::automatic)
     if (auto entries = registered_entries({.host = host, .bytes = bytes}, host, bytes))
       return evidence_of(std::move(*entries));
+  if (is_survey_stopped()) return failed(survey_stopped(reinterpret_cast<std::uintptr_t>(host), bytes));
   RegionEvidence counted = hugetlb_count_evidence(host, bytes);
   if (counted.kind != Evidence::none || !counted.error || counted.error->os_error != EBUSY) return counted;
   // A write watch has it.
@@ -123,6 +125,7 @@ static int look_up(const Userfault& userfault, const FileMapping& mapping, std::
     });
   };
   for (std::uint64_t at = 0; at < mapping.bytes; at += huge) {
+    if (is_survey_stopped()) return ECANCELED;
     if (is_known(at / page_size)) continue;
     int answer = EAGAIN;
     for (int wait = 0; wait < most_waits && (answer == EAGAIN || answer == EINTR); ++wait)
@@ -144,6 +147,8 @@ static int look_up(const Userfault& userfault, const FileMapping& mapping, std::
 
 RegionEvidence hugetlb_file_evidence(const FileMapping& mapping) {
   const auto fail = [&](const char* operation, int number) {
+    if (number == ECANCELED)
+      return failed(survey_stopped(reinterpret_cast<std::uintptr_t>(mapping.host), mapping.bytes));
     return failed(os_error(operation, mapping.host, mapping.bytes, number));
   };
   struct statfs system{};

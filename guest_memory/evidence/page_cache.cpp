@@ -20,6 +20,7 @@ import :error;
 import :evidence;
 import :extents;
 import :page_evidence;
+import :survey_stop;
 
 // SEEK_DATA alone does not prove a page of shared memory untouched. It calls data what is up to date in the page cache,
 // and a page that is being migrated (compaction, NUMA balancing) or collapsed into a huge page (before Linux 6.4) is,
@@ -64,6 +65,18 @@ struct SystemError {
   int os_error;
 };
 
+constexpr SystemError stopped{"a survey that was to end early", ECANCELED};
+
+static MemoryError memory_error(const SystemError& error, const FileMapping& mapping) {
+  const auto address = reinterpret_cast<std::uintptr_t>(mapping.host);
+  if (error.os_error == ECANCELED) return survey_stopped(address, mapping.bytes);
+  return {.code = MemoryErrc::os,
+          .address = address,
+          .length = mapping.bytes,
+          .os_error = error.os_error,
+          .operation = error.operation};
+}
+
 /// Where the data of a file is.
 enum class DataPlace : std::uint8_t {
   memory,  ///< In the page cache of its inode.
@@ -87,6 +100,7 @@ public:
   std::optional<SystemError> add_data(Extent range, ExtentList& data) const {
     const std::uint64_t end = range.end() * page_size;
     for (std::uint64_t at = range.first * page_size; at < end;) {
+      if (is_survey_stopped()) return stopped;
       const off_t start = lseek(fd_, static_cast<off_t>(at), SEEK_DATA);
       if (start < 0 && errno == ENXIO) return std::nullopt; // only a hole up to the end of the file
       if (start < 0) return SystemError{"SEEK_DATA", errno};
@@ -171,6 +185,7 @@ public:
   std::optional<SystemError> confirm(Extent hole) {
     std::vector<Extent> open = {hole};
     while (!open.empty()) {
+      if (is_survey_stopped()) return stopped;
       const Extent range = open.back();
       open.pop_back();
       std::uint64_t occupied = 0;
@@ -208,6 +223,7 @@ private:
     }
     readable_ -= range.count;
     for (std::uint64_t first = range.first; first < range.end(); first += block) {
+      if (is_survey_stopped()) return stopped;
       const Extent part{first, std::min(block, range.end() - first)};
       bool zero = false;
       if (auto error = file_.reads_zero(part, zero)) return error;
@@ -318,17 +334,18 @@ RegionEvidence page_cache_evidence(const FileMapping& mapping, FileChanges chang
   const DataPlace place = file.data_place();
   const Extent range{mapping.offset / page_size, mapping.bytes / page_size};
   RegionEvidence result;
-  const auto fail = [&](MemoryErrc code, const SystemError& error) {
+  const auto fail = [&](const SystemError& error) {
     result.kind = Evidence::none;
-    result.error = MemoryError{.code = code,
-                               .address = reinterpret_cast<std::uintptr_t>(mapping.host),
-                               .length = mapping.bytes,
-                               .os_error = error.os_error,
-                               .operation = error.operation};
+    result.error = memory_error(error, mapping);
+    return result;
+  };
+  const auto unavailable = [&](const char* operation) {
+    fail({operation, 0});
+    result.error->code = MemoryErrc::unavailable;
     return result;
   };
   if (place == DataPlace::unknown)
-    return fail(MemoryErrc::unavailable, {"survey of a file on a file system that is not known to show its data", 0});
+    return unavailable("survey of a file on a file system that is not known to show its data");
   FileEvidence found;
   std::optional<SystemError> error;
   std::uint64_t occupied = 0;
@@ -344,9 +361,9 @@ RegionEvidence page_cache_evidence(const FileMapping& mapping, FileChanges chang
     result.unaccounted_pages = found.unaccounted;
     if (found.unaccounted == 0) result.kind = Evidence::page_cache_blocks;
   } else {
-    return fail(MemoryErrc::unavailable, {"survey of a file that others may write, without cachestat", 0});
+    return unavailable("survey of a file that others may write, without cachestat");
   }
-  if (error) return fail(MemoryErrc::os, *error);
+  if (error) return fail(*error);
   for (ExtentList& list : found.data) {
     list.shift_down(range.first);
     result.touched.push_back(std::move(list));
@@ -364,11 +381,7 @@ RegionEvidence guest_memfd_evidence(const FileMapping& mapping) {
   const Extent range{mapping.offset / page_size, mapping.bytes / page_size};
   HoleCheck check(file, OccupiedSlots::are_data);
   if (const auto error = check.confirm(range)) {
-    result.error = MemoryError{.code = MemoryErrc::os,
-                               .address = reinterpret_cast<std::uintptr_t>(mapping.host),
-                               .length = mapping.bytes,
-                               .os_error = error->os_error,
-                               .operation = error->operation};
+    result.error = memory_error(*error, mapping);
     return result;
   }
   result.kind = Evidence::page_cache;

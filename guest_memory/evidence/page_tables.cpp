@@ -20,6 +20,7 @@ import :evidence;
 import :extents;
 import :markers;
 import :page_evidence;
+import :survey_stop;
 
 namespace cppvmm {
 
@@ -80,12 +81,17 @@ static std::optional<MemoryError> scan_pages(int pagemap, std::uint64_t host, st
                                              Found found) {
   std::vector<PageRegion> regions(4096);
   const std::uint64_t end = host + bytes;
+  // So much takes some 50 ms at most: where that can matter, from one multiple of it to the next.
+  constexpr std::uint64_t piece = std::uint64_t{1} << 34;
+  const bool is_in_pieces = may_survey_stop();
   for (std::uint64_t at = host; at < end;) {
+    if (is_survey_stopped()) return survey_stopped(host, bytes);
+    const std::uint64_t piece_end = is_in_pieces ? std::min(end, (at / piece + 1) * piece) : end;
     PageScan scan{};
     scan.size = sizeof scan;
     scan.flags = what.flags;
     scan.start = at;
-    scan.end = end;
+    scan.end = piece_end;
     scan.vec = reinterpret_cast<std::uintptr_t>(regions.data());
     scan.vec_len = regions.size();
     scan.category_inverted = what.inverted;
@@ -108,8 +114,7 @@ static std::optional<MemoryError> scan_pages(int pagemap, std::uint64_t host, st
     }
     // Room left in the vector: the end was reached. walk_end does not tell, for it can be stale. Otherwise everything
     // below the end of the last region has been reported.
-    if (filled < regions.size()) break;
-    at = regions[filled - 1].end;
+    at = filled < regions.size() ? piece_end : regions[filled - 1].end;
   }
   return std::nullopt;
 }
@@ -144,6 +149,7 @@ static std::optional<MemoryError> for_each_entry(int pagemap, std::uint64_t host
   constexpr std::uint64_t at_a_time = 32768;
   std::vector<std::uint64_t> room(std::min(pages.count, at_a_time));
   for (std::uint64_t page = pages.first; page < pages.end(); page += at_a_time) {
+    if (is_survey_stopped()) return survey_stopped(host, pages.end() * page_size);
     const auto entries = std::span(room).first(std::min(at_a_time, pages.end() - page));
     if (const int error = read_pagemap(pagemap, host + page * page_size, entries))
       return no_evidence("read /proc/self/pagemap", host, pages.end() * page_size, error).error;
@@ -340,6 +346,7 @@ static std::optional<MemoryError> add_lost(int pagemap, std::uint64_t host, cons
   std::vector<unsigned char> flags;
   for (const Extent& extent : guarded.extents()) {
     for (std::uint64_t page = extent.first; page < extent.end();) {
+      if (is_survey_stopped()) return survey_stopped(host, extent.end() * page_size);
       const std::uint64_t count = std::min<std::uint64_t>(extent.end() - page, 65536);
       flags.resize(std::max<std::size_t>(flags.size(), count));
       if (mincore(reinterpret_cast<void*>(host + page * page_size), count * page_size, flags.data()) != 0)

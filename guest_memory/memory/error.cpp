@@ -28,6 +28,8 @@ static const char* text(MemoryErrc code) {
     return "system call failed";
   case MemoryErrc::inaccessible:
     return "the host has no memory to give here";
+  case MemoryErrc::stopped:
+    return "stopped before it was done";
   }
   return "unknown error";
 }

@@ -29,6 +29,7 @@ import :extents;
 import :guest_copy;
 import :page_evidence;
 import :region;
+import :survey_stop;
 import :unmap;
 import :zero_scan;
 
@@ -59,11 +60,12 @@ static constexpr std::uint64_t bounce_pages = 16;  // what is copied at a time
 static constexpr std::uint64_t word_bits = 64;
 static_assert(block_pages % window_pages == 0 && window_pages % word_bits == 0);
 
-ContentBudget::ContentBudget(const ContentCheckOptions& options)
-    : pages_left_(options.max_bytes / page_size), max_time_(options.max_time), begin_(Clock::now()) {}
+ContentBudget::ContentBudget(const ContentCheckOptions& options, const SurveyStop* stop)
+    : pages_left_(options.max_bytes / page_size), max_time_(options.max_time), begin_(Clock::now()), stop_(stop) {}
 
 bool ContentBudget::is_spent() const {
-  return pages_left_.load(std::memory_order_relaxed) == 0 || Clock::now() - begin_ >= max_time_;
+  return pages_left_.load(std::memory_order_relaxed) == 0 || Clock::now() - begin_ >= max_time_ ||
+         (stop_ != nullptr && stop_->is_set());
 }
 
 std::uint64_t ContentBudget::take(std::uint64_t pages) {

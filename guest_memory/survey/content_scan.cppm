@@ -10,14 +10,15 @@ import :extents;
 import :guest_copy;
 import :page_evidence;
 import :region;
+import :survey_stop;
 
 namespace cppvmm {
 
 /// What the regions of a survey have between them to spend on content. Safe to use from any thread.
 class ContentBudget {
 public:
-  /// Time counts from here on.
-  explicit ContentBudget(const ContentCheckOptions& options);
+  /// Time counts from here on. `stop` outlives it, if there is one: nothing is left once that is set.
+  explicit ContentBudget(const ContentCheckOptions& options, const SurveyStop* stop = nullptr);
 
   [[nodiscard]] bool is_spent() const;
   /// Up to `pages`: as many as are left.
@@ -27,6 +28,7 @@ private:
   std::atomic<std::uint64_t> pages_left_;
   std::chrono::nanoseconds max_time_;
   std::chrono::steady_clock::time_point begin_;
+  const SurveyStop* stop_;
 };
 
 struct ContentScan {

@@ -27,6 +27,7 @@ import :region_evidence;
 import :survey;
 import :survey_bound;
 import :survey_map;
+import :survey_stop;
 import :touched_map;
 import :write_record;
 
@@ -138,7 +139,7 @@ static std::vector<Extent> extents_of(const PageSet& pages, PageRange region) {
 /// Takes from `touched`, which are pages of the region, those whose content reads zero. Of hugetlb memory,
 /// `whole` are the huge pages that these are of: parts of one cannot be watched.
 static void check_content(PageSet& touched, const PageSet& whole, const Region& region,
-                          const ContentCheckOptions& options, ContentBudget& budget, std::mutex& one_at_a_time,
+                          const ContentCheckOptions& options, ContentBudget& budget, std::timed_mutex& one_at_a_time,
                           EvidenceSource source, RegionSurvey& report) {
   const auto begin = Clock::now();
   const FileMapping memory = file_mapping(region);
@@ -154,8 +155,10 @@ static void check_content(PageSet& touched, const PageSet& whole, const Region& 
   // and the page never.
   std::unique_lock lock(one_at_a_time, std::defer_lock);
   std::unique_ptr<WriteWatch> watch;
-  if (traits_of(region.backing()).is_private && !budget.is_spent()) {
-    lock.lock();
+  constexpr std::chrono::milliseconds at_a_time(10);
+  while (traits_of(region.backing()).is_private && !lock.owns_lock() && !budget.is_spent())
+    static_cast<void>(lock.try_lock_for(at_a_time));
+  if (lock.owns_lock()) {
     const bool is_huge = is_private_hugetlb(region.backing());
     if (auto armed = WriteWatch::arm(region, is_huge ? extents_of(whole, region.pages()) : extents))
       watch = std::move(*armed);
@@ -204,7 +207,8 @@ static void add_broken(PageSet& touched, const Region& region, EvidenceSource so
 
 /// Surveys one region of RAM, of which `evidence` is known: adds to the survey's sets, and fills the report.
 static void survey_region(const Region& region, RegionEvidence evidence, const SurveyOptions& options,
-                          const WriteKnowledge& writes, ContentBudget* budget, Survey& survey, RegionSurvey& report) {
+                          const WriteKnowledge& writes, ContentBudget* budget, const SurveyStop& stop, Survey& survey,
+                          RegionSurvey& report) {
   report.evidence = evidence.kind;
   report.unaccounted_pages = evidence.unaccounted_pages;
   report.error = evidence.error;
@@ -216,7 +220,8 @@ static void survey_region(const Region& region, RegionEvidence evidence, const S
     evidence.touched = {};
   }
   report.touched_pages = touched.page_count();
-  if (evidence.is_foreign) {
+  // What comes next has nothing to say of memory of which nothing is known.
+  if (evidence.is_foreign || (evidence.kind == Evidence::none && stop.is_set())) {
     survey.touched.add(touched);
     return;
   }
@@ -225,7 +230,8 @@ static void survey_region(const Region& region, RegionEvidence evidence, const S
   for (const auto& watch : writes.watches)
     if (watch->region() == region) report.watch = narrow(touched, *watch);
   LoggedWrites logged;
-  if (writes.log) {
+  const bool is_logged = writes.log && !stop.is_set();
+  if (is_logged) {
     const std::scoped_lock lock(writes.log->mutex);
     for (const auto& record : writes.log->records) {
       if (record->region() != region) continue;
@@ -238,7 +244,7 @@ static void survey_region(const Region& region, RegionEvidence evidence, const S
     check_content(touched, whole, region, *options.content_check, *budget, *writes.content_checks, options.source,
                   report);
   add_broken(touched, region, options.source, report);
-  if (writes.log) {
+  if (is_logged) {
     // A page that was discarded since is in the log, and not touched.
     logged.logged.intersect(touched);
     logged.recorded.intersect(touched);
@@ -251,11 +257,23 @@ static void survey_region(const Region& region, RegionEvidence evidence, const S
   survey.touched.add(std::move(touched));
 }
 
+/// Regions of which nothing is looked up any more.
+static std::vector<KnownRegion> unknown_regions(std::span<const Region> regions) {
+  std::vector<KnownRegion> unknown;
+  for (const Region& region : regions) {
+    KnownRegion& each = unknown.emplace_back();
+    each.region = &region;
+    each.evidence.error = survey_stopped(region.start().value(), region.bytes());
+  }
+  return unknown;
+}
+
 Survey survey_map(const MemoryMap& map, const SurveyOptions& options, const WriteKnowledge& writes,
-                  ContentBudget* budget) {
+                  ContentBudget* budget, const SurveyStop& stop) {
+  const SurveyStopScope scope(stop);
   Survey survey;
   for (std::span<const Region> rest = map.regions(); !rest.empty();) {
-    std::vector<KnownRegion> known = known_regions(rest, options.source);
+    std::vector<KnownRegion> known = stop.is_set() ? unknown_regions(rest) : known_regions(rest, options.source);
     rest = rest.subspan(known.size());
     for (KnownRegion& each : known) {
       const Region& region = *each.region;
@@ -263,7 +281,7 @@ Survey survey_map(const MemoryMap& map, const SurveyOptions& options, const Writ
       if (region.kind() == RegionKind::ram) {
         const auto begin = Clock::now();
         survey.ram.add(region.pages());
-        survey_region(region, std::exchange(each.evidence, {}), options, writes, budget, survey, report);
+        survey_region(region, std::exchange(each.evidence, {}), options, writes, budget, stop, survey, report);
         report.cost = each.cost + (Clock::now() - begin);
       }
       survey.regions.push_back(report);

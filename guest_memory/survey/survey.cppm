@@ -2,6 +2,7 @@ module;
 #include <chrono>
 #include <cstdint>
 #include <optional>
+#include <stop_token>
 #include <vector>
 export module cppvmm.guest_memory:survey;
 import :address;
@@ -17,10 +18,17 @@ namespace cppvmm {
 
 export struct SurveyOptions {
   /// Pages that must not count as zeroed whatever the evidence: those that are about to be written.
-  PageSet leave_out;
+  PageSet leave_out{};
   EvidenceSource source = EvidenceSource::automatic;
   /// Whether to look at the content of touched pages: what reads zero counts as zeroed, although it may be in use.
   std::optional<ContentCheckOptions> content_check = std::nullopt;
+  /// Ends the survey early, in a bounded time after it was asked to: what has not been looked at by then counts as
+  /// touched, and its RegionSurvey::error is `stopped`. Bounded by a call to the kernel about one region, or one about
+  /// all mappings of the process; by the 2 MiB that a look at content is at; and by what it has to wait for beside: a
+  /// discard, a WriteLog::collect.
+  std::stop_token stop{};
+  /// The same when so much time has passed since the call.
+  std::chrono::nanoseconds max_time = std::chrono::nanoseconds::max();
 };
 
 /// What a write watch or a complete write log added to the evidence.

@@ -97,7 +97,7 @@ struct WriteKnowledge {
   std::vector<std::shared_ptr<WriteWatch>> watches;
   std::shared_ptr<KeptLog> log;
   /// Held by whoever looks at content: memory has one watch at a time.
-  std::shared_ptr<std::mutex> content_checks = std::make_shared<std::mutex>();
+  std::shared_ptr<std::timed_mutex> content_checks = std::make_shared<std::timed_mutex>();
 };
 
 } // namespace cppvmm
