@@ -61,6 +61,7 @@ TEST_F(SharedRuns, WhoeverWaitsSharesTheNextOne) {
   std::atomic<int> made = 0;
   {
     std::vector<std::jthread> threads;
+    threads.reserve(8);
     for (int i = 0; i < 8; ++i)
       threads.emplace_back([&] { EXPECT_EQ(get(runs, 1, [&] { return Given{++made}; }), 1); });
     wait_until_waiting(8);
@@ -75,6 +76,7 @@ TEST_F(SharedRuns, OnlyTheSameIsShared) {
   std::atomic<int> made = 0;
   {
     std::vector<std::jthread> threads;
+    threads.reserve(5);
     for (const std::optional<int> key : {std::optional(1), std::optional(2), alone, alone, std::optional(2)})
       threads.emplace_back([&, key] {
         EXPECT_EQ(get(runs, key,
@@ -97,6 +99,7 @@ TEST_F(SharedRuns, WhoeverWaitedForOneThatThrewAsksAgain) {
   std::atomic<int> got = 0;
   {
     std::vector<std::jthread> threads;
+    threads.reserve(5);
     for (int i = 0; i < 5; ++i)
       threads.emplace_back([&] {
         try {
@@ -123,6 +126,7 @@ TEST_F(SharedRuns, AllEndIfEachThrows) {
   std::atomic<int> thrown = 0;
   {
     std::vector<std::jthread> threads;
+    threads.reserve(8);
     for (int i = 0; i < 8; ++i)
       threads.emplace_back([&] {
         try {
@@ -144,6 +148,7 @@ TEST_F(SharedRuns, WhatMayNotBeSharedIsNot) {
   std::atomic<int> partial = 0;
   {
     std::vector<std::jthread> threads;
+    threads.reserve(4);
     for (int i = 0; i < 4; ++i)
       threads.emplace_back([&] {
         const auto result = get(runs, 1, [&] {
@@ -203,6 +208,7 @@ TEST(SharedRunsOfManyThreads, BeginAfterEachCallAndNeverMoreThanSoMany) {
     std::latch begin(6);
     {
       std::vector<std::jthread> threads;
+      threads.reserve(6);
       for (int i = 0; i < 6; ++i)
         threads.emplace_back([&, i] {
           begin.arrive_and_wait();

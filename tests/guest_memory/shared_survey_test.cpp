@@ -44,6 +44,7 @@ TEST_F(SharedSurvey, NeverReportsWhatWasWrittenBeforeTheCall) {
   constexpr std::uint64_t calls = 1500;
   std::latch begin(threads);
   std::vector<std::jthread> asking;
+  asking.reserve(threads);
   for (std::uint64_t i = 0; i < threads; ++i)
     asking.emplace_back([&, i] {
       const PageRange own = page(8 * i + 1);
@@ -83,7 +84,7 @@ protected:
     occupying = std::jthread([this] { EXPECT_EQ(memory.survey().zeroed.page_count(), count); });
     is_inside.wait();
   }
-  ~OccupiedSurvey() override {
+  void TearDown() override {
     if (occupying.joinable()) let_go();
   }
   void let_go() {
