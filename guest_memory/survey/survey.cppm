@@ -68,8 +68,8 @@ export struct RegionSurvey {
   std::chrono::nanoseconds cost{};
 };
 
-/// Its sets are bounded whatever a guest does, however many regions there are and whatever is marked: by 2^18 ranges, and
-/// what was left out by the embedder.
+/// Its sets are bounded whatever a guest does, however many regions there are and whatever is marked: by 2^18 ranges,
+/// and what was left out by the embedder.
 export struct Survey {
   PageSet ram;
   /// Pages of RAM that may hold data: by evidence, by mark, or because nothing is known.
@@ -78,8 +78,8 @@ export struct Survey {
   /// shared memory, see ContentCheckOptions); none of them held data when it began, but for pages that were discarded,
   /// or with a look at the content overwritten with zeros, since.
   PageSet zeroed;
-  /// Who wrote, as far as it is known: what RAM was marked by hand, what a write log and its record of the accessors show.
-  /// The other touched pages have an unknown writer, and so have those beyond the 2^18 largest ranges.
+  /// Who wrote, as far as it is known: what RAM was marked by hand, what a write log and its record of the accessors
+  /// show. The other touched pages have an unknown writer, and so have those beyond the 2^18 largest ranges.
   TouchedMap touchers;
   std::vector<RegionSurvey> regions;
   std::chrono::nanoseconds cost{}; ///< Of the whole, as GuestMemory::survey makes it.

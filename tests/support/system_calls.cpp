@@ -117,6 +117,7 @@ constexpr SystemCallFaults all_faults[] = {
     {"madvise MADV_POPULATE_WRITE", SYS_madvise, populate_write, populate_faults},
     {"madvise MADV_HUGEPAGE", SYS_madvise, MADV_HUGEPAGE, advice_faults},
     {"madvise MADV_NOHUGEPAGE", SYS_madvise, MADV_NOHUGEPAGE, advice_faults},
+    {"madvise MADV_DONTDUMP", SYS_madvise, MADV_DONTDUMP, advice_faults},
     {"fallocate", SYS_fallocate, any_request, punch_faults},
     {"fdatasync", SYS_fdatasync, any_request, sync_faults},
     {"ftruncate", SYS_ftruncate, any_request, truncate_faults},
