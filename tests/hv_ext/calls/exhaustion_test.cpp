@@ -67,8 +67,9 @@ TEST(Vcpus, HoldOneAnswerAtATime) {
   const std::size_t alone = growth(1);
   const std::size_t together = growth(8);
   EXPECT_EQ(most_inside, 1);
-  EXPECT_GT(alone, std::size_t{4} << 20);
-  EXPECT_LT(together, alone + alone / 4);
+  EXPECT_GT(alone, std::size_t{2} << 20);
+  // To leave out the pages of several calls takes a copy of what is zeroed, once.
+  EXPECT_LT(together, alone + alone / 2);
 }
 
 /// Two regions, with data in some pages; the output goes to page 0.
