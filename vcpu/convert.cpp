@@ -145,14 +145,14 @@ struct CpuidTable {
 };
 static_assert(offsetof(CpuidTable, entries) == 8 && sizeof(kvm_cpuid_entry2) == 40);
 
+constexpr std::uint32_t most_msrs = 64; // KVM takes up to 255 at once
+template <std::uint32_t capacity>
 struct MsrTable {
-  static constexpr std::uint32_t capacity = 64; // KVM takes up to 255 at once
-
   std::uint32_t count = 0;
   std::uint32_t padding = 0;
   std::array<kvm_msr_entry, capacity> entries{};
 };
-static_assert(offsetof(MsrTable, entries) == 8 && sizeof(kvm_msr_entry) == 16);
+static_assert(offsetof(MsrTable<most_msrs>, entries) == 8 && sizeof(kvm_msr_entry) == 16);
 
 // Any of the ioctls that fill a struct kvm_cpuid2.
 KvmResult<std::vector<CpuidEntry>> get_cpuid(int descriptor, unsigned long request, const char* operation) {

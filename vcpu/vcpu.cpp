@@ -103,9 +103,12 @@ struct Vcpu::Impl {
   std::optional<std::uint8_t> hypercall_port;
 
   Waits waits = Waits::nothing;
-  std::span<std::byte> read_data;   // where the answer to io_in and mmio_read goes
-  bool registers_in_page = false;   // kvm_run holds the general registers as they are
-  bool special_in_page = false;     // and the special ones
+  std::span<std::byte> read_data; // where the answer to io_in and mmio_read goes
+  bool registers_in_page = false; // kvm_run holds the general registers as they are
+  bool special_in_page = false;   // and the special ones
+  // Somebody looked at them after the last exit: who does so once will again, and others need not pay for it.
+  mutable bool registers_wanted = false;
+  mutable bool special_wanted = false;
   bool hypercall_long_mode = false; // of user_hypercall
   kvm_regs hypercall_registers{};   // of user_hypercall
 
@@ -208,6 +211,7 @@ KvmResult<std::vector<CpuidEntry>> Vcpu::supported_hv_cpuid() const {
 // --- registers ---
 
 KvmResult<kvm_regs> Vcpu::Impl::get_registers() const {
+  registers_wanted = true;
   if (registers_in_page) return run().s.regs.regs;
   kvm_regs registers{};
   if (const auto got = kvm_set(fd(), KVM_GET_REGS, &registers, "KVM_GET_REGS"); !got)
@@ -216,6 +220,7 @@ KvmResult<kvm_regs> Vcpu::Impl::get_registers() const {
 }
 
 KvmResult<kvm_sregs> Vcpu::Impl::get_special_registers() const {
+  special_wanted = true;
   if (special_in_page) return run().s.regs.sregs;
   kvm_sregs registers{};
   if (const auto got = kvm_set(fd(), KVM_GET_SREGS, &registers, "KVM_GET_SREGS"); !got)
@@ -258,9 +263,14 @@ KvmResult<void> Vcpu::set_special_registers(const SpecialRegisters& registers) {
 }
 
 KvmResult<std::uint64_t> Vcpu::msr(std::uint32_t index) const {
-  const auto got = msrs(std::span(&index, 1));
+  if (!impl_) return moved_from("Vcpu::msr");
+  MsrTable<1> table;
+  table.count = 1;
+  table.entries[0].index = index;
+  const auto got = kvm_ioctl(impl_->fd(), get_msrs_request, &table, "KVM_GET_MSRS", index);
   if (!got) return std::unexpected(got.error());
-  return got->front().value;
+  if (*got < 1) return failed(KvmErrc::unsupported, "KVM_GET_MSRS", index);
+  return table.entries[0].data;
 }
 
 KvmResult<std::vector<MsrEntry>> Vcpu::msrs(std::span<const std::uint32_t> indices) const {
@@ -268,8 +278,8 @@ KvmResult<std::vector<MsrEntry>> Vcpu::msrs(std::span<const std::uint32_t> indic
   std::vector<MsrEntry> result;
   result.reserve(indices.size());
   while (!indices.empty()) {
-    const auto part = indices.first(std::min<std::size_t>(indices.size(), MsrTable::capacity));
-    MsrTable table;
+    const auto part = indices.first(std::min<std::size_t>(indices.size(), most_msrs));
+    MsrTable<most_msrs> table;
     table.count = static_cast<std::uint32_t>(part.size());
     for (std::size_t i = 0; i < part.size(); ++i)
       table.entries[i].index = part[i];
@@ -287,8 +297,8 @@ KvmResult<std::vector<MsrEntry>> Vcpu::msrs(std::span<const std::uint32_t> indic
 KvmResult<void> Vcpu::set_msrs(std::span<const MsrEntry> entries) {
   if (!impl_) return moved_from("Vcpu::set_msrs");
   while (!entries.empty()) {
-    const auto part = entries.first(std::min<std::size_t>(entries.size(), MsrTable::capacity));
-    MsrTable table;
+    const auto part = entries.first(std::min<std::size_t>(entries.size(), most_msrs));
+    MsrTable<most_msrs> table;
     table.count = static_cast<std::uint32_t>(part.size());
     for (std::size_t i = 0; i < part.size(); ++i) {
       table.entries[i].index = part[i].index;
@@ -484,7 +494,11 @@ KvmResult<Exit> Vcpu::run() {
   if (const auto unblocked = unblock_stop_signal(); !unblocked) return std::unexpected(unblocked.error());
 
   kvm_run& run = impl.run();
-  run.kvm_valid_regs = impl.sync;
+  const std::uint32_t stored = impl.sync & ((impl.registers_wanted ? sync_general_registers : 0U) |
+                                            (impl.special_wanted ? sync_special_registers : 0U));
+  impl.registers_wanted = false;
+  impl.special_wanted = false;
+  run.kvm_valid_regs = stored;
   run.exit_reason = KVM_EXIT_UNKNOWN; // older kernels leave it as it was when KVM_RUN fails
   impl.stop->enter();
   const int result = ioctl(impl.fd(), KVM_RUN, 0);
@@ -493,13 +507,20 @@ KvmResult<Exit> Vcpu::run() {
   const bool interrupted = error == EINTR || error == EAGAIN || (error == 0 && run.exit_reason == KVM_EXIT_INTR);
   const bool stopped = impl.stop->leave(interrupted);
 
+  const bool stores_general = (stored & sync_general_registers) != 0;
+  const bool stores_special = (stored & sync_special_registers) != 0;
   if (error == 0) {
-    impl.registers_in_page = (impl.sync & sync_general_registers) != 0;
-    impl.special_in_page = (impl.sync & sync_special_registers) != 0;
+    impl.registers_in_page = stores_general;
+    impl.special_in_page = stores_special;
   } else if (!interrupted) {
     impl.registers_in_page = false;
     impl.special_in_page = false;
-  } // interrupted: KVM has stored them, or has not come as far as to change them
+  } else {
+    // KVM has stored those that it was asked for, or has not come as far as to change any. What it has not taken from
+    // the page is still there.
+    impl.registers_in_page &= stores_general || (run.kvm_dirty_regs & KVM_SYNC_X86_REGS) != 0;
+    impl.special_in_page &= stores_special;
+  }
   if (interrupted) return Interrupted{.stop_requested = stopped};
   if (error == 0) return impl.decode();
   if (error == EFAULT || error == EHWPOISON) {
@@ -720,9 +741,10 @@ KvmResult<void> Vcpu::complete_hypercall(std::uint64_t result) {
     registers.rax = result & 0xFFFF'FFFF;
     registers.rdx = result >> 32;
   }
-  if (impl.registers_in_page) {
+  if ((impl.sync & sync_general_registers) != 0) {
     impl.run().s.regs.regs = registers;
     impl.run().kvm_dirty_regs |= KVM_SYNC_X86_REGS;
+    impl.registers_in_page = true;
   } else if (const auto put = impl.put_registers(registers); !put) {
     return put;
   }

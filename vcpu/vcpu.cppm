@@ -20,7 +20,8 @@ namespace cppvmm {
 
 /// How a Vcpu works.
 export struct VcpuOptions {
-  /// Exchange registers through the kvm_run page where KVM offers it (KVM_CAP_SYNC_REGS), else by ioctl.
+  /// Exchange registers through the kvm_run page where KVM offers it (KVM_CAP_SYNC_REGS), else by ioctl. KVM stores
+  /// them there at an exit if somebody looked at them after the one before; else they come by ioctl when asked for.
   bool sync_registers = true;
 };
 

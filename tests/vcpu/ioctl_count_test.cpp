@@ -40,5 +40,25 @@ TEST_F(IoctlCountTest, AHypercallCostsNoIoctlButKvmRun) {
   EXPECT_EQ(ioctls - before, 1U);
 }
 
+TEST_F(IoctlCountTest, RegistersAreStoredForThoseWhoLookAtThem) {
+  if ((kvm->capabilities().sync_registers & sync_general_registers) == 0)
+    GTEST_SKIP() << "this KVM has no KVM_CAP_SYNC_REGS";
+  Vcpu vcpu = make_vcpu();
+  load(Code().mov_eax(1).out(0x10).mov_eax(2).out(0x10).mov_eax(3).out(0x10).mov_eax(4).out(0x10));
+  ASSERT_KVM_OK(start_long_mode(vcpu));
+  ASSERT_RUN(IoOut, first, vcpu);
+  ASSERT_EQ(vcpu.registers()->rax, 1U);
+  ASSERT_RUN(IoOut, second, vcpu);
+  unsigned before = ioctls;
+  ASSERT_EQ(vcpu.registers()->rax, 2U);
+  EXPECT_EQ(ioctls, before) << "after a look at the exit before";
+  ASSERT_RUN(IoOut, third, vcpu);
+  // Nobody looks.
+  ASSERT_RUN(IoOut, fourth, vcpu);
+  before = ioctls;
+  ASSERT_EQ(vcpu.registers()->rax, 4U);
+  EXPECT_EQ(ioctls - before, 1U);
+}
+
 } // namespace
 } // namespace cppvmm::test
