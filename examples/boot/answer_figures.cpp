@@ -8,6 +8,8 @@
 #include <utility>
 #include <vector>
 
+#include "huge_blocks.hpp"
+
 #include "answer_figures.hpp"
 
 namespace cppvmm::boot {
@@ -46,6 +48,13 @@ PageClass class_of(Touchers by) {
   return what;
 }
 
+std::vector<ReportedRange> ranges_of(const PageSet& pages) {
+  std::vector<ReportedRange> ranges;
+  for (const auto& range : pages.ranges())
+    ranges.push_back({range.first().value(), range.count()});
+  return ranges;
+}
+
 } // namespace
 
 AnswerFigures describe(const BootZeroedAnswer& answer) {
@@ -58,6 +67,10 @@ AnswerFigures describe(const BootZeroedAnswer& answer) {
   reported.intersect(answer.survey.ram);
   figures.reported_pages = reported.page_count();
   figures.touched_pages = answer.survey.touched.page_count();
+  // Pages in use that hold no data yet are in neither answer.
+  PageSet in_use = answer.survey.ram;
+  in_use.remove(answer.survey.zeroed);
+  figures.reported_pages_by_2_mib = pages_in_untouched_blocks(ranges_of(answer.survey.ram), ranges_of(in_use));
   figures.survey_us = Microseconds(answer.survey.cost).count();
   for (const auto& region : answer.survey.regions)
     figures.regions.push_back({.first_page = region.pages.first().value(),

@@ -214,6 +214,7 @@ std::string to_json(const RunFigures& figures) {
       {"ram_pages", figures.ram_pages},
       {"touched_pages", answer ? Json(answer->touched_pages) : Json()},
       {"reported_pages", answer ? answer->reported_pages : 0},
+      {"reported_pages_by_2_mib", answer ? Json(answer->reported_pages_by_2_mib) : Json()},
       {"unsound_pages", audit != nullptr ? Json(audit->unsound_pages) : Json()},
       {"missed_zero_pages", audit != nullptr ? Json(audit->missed_zero_pages) : Json()},
       {"data_pages", audit != nullptr ? Json(audit->data_pages) : Json()},

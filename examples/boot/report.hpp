@@ -54,6 +54,7 @@ struct AnswerFigures {
   std::vector<ReportedRange> ranges; ///< In the answer's order.
   std::uint64_t touched_pages = 0;
   std::uint64_t reported_pages = 0;
+  std::uint64_t reported_pages_by_2_mib = 0; ///< Had it been known only which blocks of 2 MiB are untouched.
   double survey_us = 0;
   std::vector<RegionFigures> regions;
   /// Guest RAM in transparent huge pages at that moment: one touched byte makes 512 pages of these present, and those

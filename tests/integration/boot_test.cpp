@@ -350,10 +350,12 @@ TEST_F(Boot, TheJsonFileHoldsEveryDocumentedField) {
   close(fd);
   std::filesystem::remove(file);
   const json figures = json::parse(text);
-  for (const char* field : {"memory_bytes", "cpus", "backing", "hypercalls", "calls", "ranges", "ram_pages",
-                            "touched_pages", "reported_pages", "unsound_pages", "missed_zero_pages", "survey_us",
-                            "guest_zeroed_pages", "host_resident_bytes", "vcpu_ticks", "wall_ms"})
+  for (const char* field :
+       {"memory_bytes", "cpus", "backing", "hypercalls", "calls", "ranges", "ram_pages", "touched_pages",
+        "reported_pages", "reported_pages_by_2_mib", "unsound_pages", "missed_zero_pages", "survey_us",
+        "guest_zeroed_pages", "host_resident_bytes", "vcpu_ticks", "wall_ms"})
     EXPECT_TRUE(figures.contains(field)) << field;
+  EXPECT_LE(figures["reported_pages_by_2_mib"], figures["reported_pages"]);
   EXPECT_EQ(figures["memory_bytes"], 4 << 20);
   EXPECT_EQ(figures["cpus"], 1);
   EXPECT_EQ(figures["backing"], "anonymous");
