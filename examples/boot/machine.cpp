@@ -224,6 +224,7 @@ public:
     if (auto made = options_.restore.empty() ? make_guest() : read_saved(); !made) return made;
     figures_.options = options_;
     figures_.vcpu_ticks.assign(options_.cpus, TickFigures());
+    figures_.vcpu_us.assign(options_.cpus, 0);
     if (!options_.trace.empty()) {
       auto trace = TraceFile::create(options_);
       if (!trace) return failure("--trace: " + trace.error());
@@ -379,6 +380,7 @@ private:
           findings_.fail("vCPU " + std::to_string(end.id) + ": " + error.what());
         }
       }
+      figures_.vcpu_us.at(end.id) += std::chrono::duration<double, std::micro>(end.time).count();
       auto& ticks = figures_.vcpu_ticks.at(end.id);
       if (ticks && end.ticks)
         ticks = TickFigures{ticks->user + end.ticks->user, ticks->system + end.ticks->system};

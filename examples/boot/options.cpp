@@ -164,11 +164,13 @@ std::expected<Options, EarlyExit> parse_options(int argc, const char* const* arg
           ->capture_default_str()
           ->type_name("SET")
           ->check(CLI::Validator(check_enlightenments, ""));
-  auto* const own_guest =
-      app.add_option("--guest", guest, "The guest program: zeroing (zeroes all memory that it is not told to be zero)")
-          ->capture_default_str()
-          ->type_name("NAME")
-          ->check(CLI::IsMember({"zeroing"}));
+  auto* const own_guest = app.add_option("--guest", guest,
+                                         "The guest program: zeroing (zeroes all memory that it is not told to be "
+                                         "zero), idle (the same, which is given "
+                                         "no memory to zero)")
+                              ->capture_default_str()
+                              ->type_name("NAME")
+                              ->check(CLI::IsMember({"zeroing", "idle"}));
   auto* const kernel = app.add_option("--kernel", options.kernel, "Boot this Linux kernel instead: a bzImage, x86-64")
                            ->type_name("BZIMAGE")
                            ->excludes(own_guest);
@@ -256,6 +258,7 @@ std::expected<Options, EarlyExit> parse_options(int argc, const char* const* arg
   }
 
   options.memory_bytes = parse_size(memory).value_or(0);
+  options.idle = guest == "idle";
   options.backing = backings.at(backing);
   options.hypercalls = transports.at(hypercalls);
   options.enlightenments = enlightenments_of(enlightenments);

@@ -31,6 +31,7 @@ struct Options {
   Hypercalls hypercalls = Hypercalls::automatic;
   Enlightenments enlightenments{.set = EnlightenmentSet::full};
   HugePageUse huge_pages = HugePageUse::system;
+  bool idle = false;          ///< The zeroing guest is given no memory to zero.
   bool populate = false;      ///< RAM is present before the guest starts.
   bool write_watch = false;   ///< Until the first answer of a boot.
   bool dirty_log = false;     ///< Until the first answer of a boot.

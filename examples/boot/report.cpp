@@ -228,6 +228,7 @@ std::string to_json(const RunFigures& figures) {
       {"host_resident_bytes", figures.host_resident_bytes},
       {"vcpu_ticks", std::move(ticks)},
       {"ticks_per_second", figures.ticks_per_second},
+      {"vcpu_us", figures.vcpu_us},
       {"wall_ms", figures.wall_ms},
   };
   // A line for each field: 255 ranges with a line for each number would hide the rest.

@@ -125,6 +125,7 @@ struct RunFigures {
   /// By vCPU, of all boots; nothing where the host did not tell.
   std::vector<std::optional<TickFigures>> vcpu_ticks;
   std::uint64_t ticks_per_second = 0;
+  std::vector<double> vcpu_us; ///< Processor time by vCPU, of all boots, finer than ticks.
   double wall_ms = 0; ///< From before the vCPUs start until they end for the last time, audits and resets included.
   std::string kernel_release;
 };

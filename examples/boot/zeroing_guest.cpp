@@ -70,6 +70,11 @@ public:
 
   [[nodiscard]] Result<void> load(const GuestMemory& memory) override {
     memory_ = &memory;
+    if (options_.idle) {
+      constexpr std::uint32_t none = 0;
+      const std::uint64_t at = layout_.boot_info - zeroing::image_address + offsetof(zeroing::BootInfo, ram_ranges);
+      std::memcpy(layout_.block.data() + at, &none, sizeof none);
+    }
     if (auto loaded = memory.load(GuestAddress(zeroing::image_address), layout_.block); !loaded)
       return failure(loaded.error().message());
     return {};

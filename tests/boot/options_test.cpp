@@ -42,6 +42,8 @@ TEST(BootOptions, AreTaken) {
   EXPECT_EQ(options->resets, 3U);
   EXPECT_EQ(options->json, "out.json");
   EXPECT_EQ(options->map, "out.svg");
+  EXPECT_FALSE(options->idle);
+  EXPECT_TRUE(parse({"--guest", "idle"})->idle);
 }
 
 TEST(BootOptions, EnlightenmentsAreASetOrAList) {

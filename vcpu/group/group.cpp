@@ -1,10 +1,12 @@
 module;
 #include <boost/asio/any_io_executor.hpp>
+#include <chrono>
 #include <condition_variable>
 #include <cstddef>
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
+#include <ctime>
 #include <exception>
 #include <expected>
 #include <fcntl.h>
@@ -43,6 +45,12 @@ static std::optional<VcpuTicks> own_ticks() {
   if (std::sscanf(name_end + 1, " %*c %*d %*d %*d %*d %*d %*u %*u %*u %*u %*u %llu %llu", &user, &system) != 2)
     return std::nullopt;
   return VcpuTicks{.user = user, .system = system};
+}
+
+static std::chrono::nanoseconds own_time() {
+  timespec time{};
+  clock_gettime(CLOCK_THREAD_CPUTIME_ID, &time);
+  return std::chrono::seconds(time.tv_sec) + std::chrono::nanoseconds(time.tv_nsec);
 }
 
 struct VcpuGroup::State {
@@ -126,6 +134,7 @@ void VcpuGroup::State::run(std::size_t index) {
   pthread_setname_np(pthread_self(), ("vcpu:" + std::to_string(vcpu.id())).c_str());
   VcpuEnd end = run_vcpu(vcpu);
   if (end.reason == VcpuEndReason::failed || end.reason == VcpuEndReason::threw) stop();
+  end.time = own_time();
   end.ticks = own_ticks();
   finish(index, std::move(end));
 }

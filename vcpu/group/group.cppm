@@ -6,6 +6,7 @@ module;
 #include <boost/asio/post.hpp>
 #include <boost/asio/prefer.hpp>
 #include <boost/asio/system_executor.hpp>
+#include <chrono>
 #include <cstdint>
 #include <exception>
 #include <functional>
@@ -53,6 +54,7 @@ export struct VcpuEnd {
   VcpuEndReason reason{};
   std::optional<KvmError> error{};
   std::exception_ptr exception{};
+  std::chrono::nanoseconds time{};  ///< The processor time of its thread, finer than ticks: CLOCK_THREAD_CPUTIME_ID.
   std::optional<VcpuTicks> ticks{}; ///< Taken by the thread as its last act; nothing when /proc cannot be read.
 };
 
