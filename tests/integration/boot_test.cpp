@@ -150,6 +150,19 @@ TEST_F(Boot, WithoutHypercallsTheGuestZeroesEverything) {
   EXPECT_EQ(figures["nonzero_pages_at_end"], 0);
 }
 
+TEST_F(Boot, WithTheAnswerTheGuestTakesNoMoreMemoryThanAnIdleOne) {
+  const json idle = boot_json({"--memory", "8M", "--backing", "memfd", "--hypercalls", "off", "--guest", "idle"});
+  ASSERT_FALSE(idle.is_null());
+  EXPECT_EQ(idle["guest_zeroed_pages"], 0);
+  const json asks = boot_json({"--memory", "8M", "--backing", "memfd"});
+  ASSERT_FALSE(asks.is_null());
+  EXPECT_LE(asks["host_resident_bytes"].get<double>(), idle["host_resident_bytes"].get<double>() * 1.02);
+  for (const json& run : {idle, asks}) {
+    ASSERT_EQ(run["vcpu_us"].size(), 1U);
+    EXPECT_GT(run["vcpu_us"][0], 0);
+  }
+}
+
 TEST_F(Boot, MemoryAboveTheGapIsReportedAndZeroedToo) {
   const json figures = boot_json({"--memory", "3080M", "--backing", "memfd"});
   ASSERT_FALSE(figures.is_null());

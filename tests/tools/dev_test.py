@@ -67,6 +67,17 @@ class TestsOfKvmNeedIt(unittest.TestCase):
                 self.assertIn("[  SKIPPED ]", done.stdout)
 
 
+class BenchesOfKvmNeedIt(unittest.TestCase):
+    def test_and_say_so(self):
+        (program,) = PROGRAMS
+        done = without_kvm(program, "--brief")
+        self.assertEqual(done.returncode, 0, done.stderr)
+        rows = [line for line in done.stdout.splitlines() if line.startswith("beside/exits/")]
+        self.assertEqual(len(rows), 5, done.stdout)
+        for row in rows:
+            self.assertIn("skipped: no usable KVM", row)
+
+
 class TestsAreChosen(unittest.TestCase):
     """Not among ctest's tests, for it runs ctest where these run: .ci/run calls it."""
 
