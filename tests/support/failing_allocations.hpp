@@ -70,8 +70,8 @@ inline void expect_nothing_left(const std::function<bool()>& call) {
   const Held before = held_now();
   EXPECT_GT(fail_each_allocation(call), 0);
   EXPECT_EQ(held_now(), before);
-  // To malloc, what a thread keeps for its next allocations is given out: up to 7 of a size, and which these are takes a
-  // while to settle. What is lost each time adds up to more.
+  // To malloc, what a thread keeps for its next allocations is given out: up to 7 of a size, and which these are takes
+  // a while to settle. What is lost each time adds up to more.
   constexpr int rounds = 8;
   constexpr int most_tries = 8;
   std::size_t heap = 0;
