@@ -296,6 +296,7 @@ KvmResult<std::vector<MsrEntry>> Vcpu::msrs(std::span<const std::uint32_t> indic
 
 KvmResult<void> Vcpu::set_msrs(std::span<const MsrEntry> entries) {
   if (!impl_) return moved_from("Vcpu::set_msrs");
+  impl_->special_in_page = false; // some of these are among them
   while (!entries.empty()) {
     const auto part = entries.first(std::min<std::size_t>(entries.size(), most_msrs));
     MsrTable<most_msrs> table;
@@ -329,6 +330,7 @@ KvmResult<VcpuEvents> Vcpu::events() const {
 
 KvmResult<void> Vcpu::set_events(const VcpuEvents& events) {
   if (!impl_) return moved_from("Vcpu::set_events");
+  impl_->special_in_page = false; // some of these are among them
   return kvm_set(impl_->fd(), KVM_SET_VCPU_EVENTS, &events, "KVM_SET_VCPU_EVENTS");
 }
 
@@ -387,6 +389,7 @@ KvmResult<NestedState> Vcpu::nested_state() const {
 
 KvmResult<void> Vcpu::set_nested_state(const NestedState& nested) {
   if (!impl_) return moved_from("Vcpu::set_nested_state");
+  impl_->special_in_page = false; // some of these are among them
   if (impl_->nested_state_bytes < sizeof(kvm_nested_state))
     return failed(KvmErrc::unsupported, "KVM_CAP_NESTED_STATE", KVM_CAP_NESTED_STATE);
   kvm_nested_state head{};
@@ -405,6 +408,7 @@ KvmResult<LocalApic> Vcpu::local_apic() const {
 
 KvmResult<void> Vcpu::set_local_apic(const LocalApic& apic) {
   if (!impl_) return moved_from("Vcpu::set_local_apic");
+  impl_->special_in_page = false; // some of these are among them
   return kvm_set(impl_->fd(), KVM_SET_LAPIC, &apic, "KVM_SET_LAPIC");
 }
 

@@ -24,13 +24,14 @@ static int ask(int userfaultfd, std::uint64_t start, std::uint64_t end) {
   return ioctl(userfaultfd, UFFDIO_REGISTER, &request) == 0 ? 0 : errno;
 }
 
-static bool refuses_nothing(int userfaultfd) {
-  return ioctl(userfaultfd, UFFDIO_REGISTER, nullptr) != 0 && errno == EFAULT;
+/// One that could not be had has given no answer.
+template <class File>
+static bool refuses_nothing(const std::optional<File>& userfaultfd) {
+  return !userfaultfd || !userfaultfd->is_open() ||
+         (ioctl(userfaultfd->number(), UFFDIO_REGISTER, nullptr) != 0 && errno == EFAULT);
 }
 
-bool HolderProbe::was_heard() const {
-  return (!shared_ || refuses_nothing(shared_->number())) && (!own_ || refuses_nothing(own_->number()));
-}
+bool HolderProbe::was_heard() const { return is_heard_ && refuses_nothing(shared_) && refuses_nothing(own_); }
 
 bool HolderProbe::is_free(const ListedMapping& mapping, bool ends_at_guard_file) {
   if (!ends_at_guard_file) return is_free_up_to_vdso(mapping);
@@ -62,7 +63,10 @@ bool HolderProbe::is_free_up_to_vdso(const ListedMapping& mapping) {
   if (*vdso_ < mapping.end || !own_->is_open() || ++far_questions_ > most_far_questions) return false;
   const int answer = ask(own_->number(), mapping.start, *vdso_ + page_size);
   // One that succeeds ends with the descriptor, which takes nothing from others.
-  if (answer == 0) own_.emplace(make_probe());
+  if (answer == 0) {
+    is_heard_ = is_heard_ && refuses_nothing(own_);
+    own_.emplace(make_probe());
+  }
   return answer == EPERM || answer == EINVAL;
 }
 

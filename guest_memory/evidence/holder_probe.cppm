@@ -28,6 +28,7 @@ private:
   /// Each of these questions walks over the mappings up to a library's or the vdso, others' too.
   static constexpr int most_far_questions = 32;
   int far_questions_ = 0;
+  bool is_heard_ = true; ///< By what has been closed since.
 
   std::optional<BookFile> shared_;
   std::optional<Descriptor> own_;

@@ -27,6 +27,7 @@ import :extents;
 import :memory_id;
 import :page_evidence;
 import :proc_maps;
+import :survey_stop;
 import :userfault;
 
 // Kernels before 6.7 show the entries of huge pages without the page table's lock only, and for a moment of a migration
@@ -252,6 +253,11 @@ RegionEvidence hugetlb_count_evidence(const void* host, std::uint64_t bytes) {
   std::optional<std::uint64_t> counted;
   int alike = 0;
   for (int pass = 0; pass < passes && alike < most_alike && counted != found; ++pass) {
+    if (is_survey_stopped()) {
+      RegionEvidence stopped;
+      stopped.error = survey_stopped(region.start, region.bytes);
+      return stopped;
+    }
     // Who has cleared an entry to set it again may wait for a processor.
     if (pass > 1) std::this_thread::sleep_for(std::chrono::microseconds(alike == 0 ? 100 : 400));
     if (const int error = find_more(pagemap.number(), held))

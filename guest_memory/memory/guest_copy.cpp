@@ -199,28 +199,32 @@ fault:
   return false;
 }
 
-/// Mixing it with the other instructions is slow while upper halves are in use.
-[[gnu::always_inline]] static inline void end_wide_blocks() { asm volatile("vzeroupper"); }
+/// How many bytes of whole blocks there were.
+[[gnu::noinline]] static std::uint64_t load_wide_blocks(std::byte* into, const std::byte* guest, std::uint64_t bytes) {
+  std::uint64_t done = 0;
+  while (bytes - done >= wide_block && load_wide_block(into + done, guest + done))
+    done += wide_block;
+  asm volatile("vzeroupper");
+  return done;
+}
+
+[[gnu::noinline]] static std::uint64_t store_wide_blocks(std::byte* guest, const std::byte* from, std::uint64_t bytes) {
+  std::uint64_t done = 0;
+  while (bytes - done >= wide_block && store_wide_block(guest + done, from + done))
+    done += wide_block;
+  asm volatile("vzeroupper");
+  return done;
+}
 
 static std::uint64_t load_from_guest(std::byte* into, const std::byte* guest, std::uint64_t bytes) {
-  std::uint64_t done = 0;
-  if (has_wide_blocks(bytes)) {
-    while (bytes - done >= wide_block && load_wide_block(into + done, guest + done))
-      done += wide_block;
-    end_wide_blocks();
-  }
+  std::uint64_t done = has_wide_blocks(bytes) ? load_wide_blocks(into, guest, bytes) : 0;
   while (bytes - done >= block && load_block(into + done, guest + done))
     done += block;
   return done + load_words(into + done, guest + done, bytes - done);
 }
 
 static std::uint64_t store_to_guest(std::byte* guest, const std::byte* from, std::uint64_t bytes) {
-  std::uint64_t done = 0;
-  if (has_wide_blocks(bytes)) {
-    while (bytes - done >= wide_block && store_wide_block(guest + done, from + done))
-      done += wide_block;
-    end_wide_blocks();
-  }
+  std::uint64_t done = has_wide_blocks(bytes) ? store_wide_blocks(guest, from, bytes) : 0;
   while (bytes - done >= block && store_block(guest + done, from + done))
     done += block;
   return done + store_words(guest + done, from + done, bytes - done);

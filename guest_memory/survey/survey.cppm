@@ -25,7 +25,8 @@ export struct SurveyOptions {
   /// Ends the survey early, in a bounded time after it was asked to: what has not been looked at by then counts as
   /// touched, and its RegionSurvey::error is `stopped`. Bounded by a call to the kernel about one region, or one about
   /// all mappings of the process; by the 2 MiB that a look at content is at; and by what it has to wait for beside: a
-  /// discard, a WriteLog::collect.
+  /// discard, a WriteLog::collect, another survey's look at huge pages or at the same log; before Linux 6.7 also by one
+  /// pass over all huge pages of the process.
   std::stop_token stop{};
   /// The same when so much time has passed since the call.
   std::chrono::nanoseconds max_time = std::chrono::nanoseconds::max();

@@ -74,38 +74,51 @@ Marks::~Marks() {
   }
 }
 
-bool Marks::has_ram(PageRange pages) const noexcept {
-  const PublishedMap::Reader map(map_);
-  const std::span<const Region> regions = map->regions();
-  auto region =
-      std::ranges::upper_bound(regions, pages.first(), {}, [](const Region& each) { return each.pages().end(); });
-  for (; region != regions.end() && region->pages().first() < pages.end(); ++region)
-    if (region->kind() == RegionKind::ram) return true;
-  return false;
+/// Of the map's RAM.
+struct RamParts {
+  std::uint64_t count = 0; ///< That it is in, or more.
+  bool has_page = false;   ///< Some of it is in the part that has the page.
+};
+
+template <class Below>
+static RamParts parts_of_ram(const MemoryMap& map, std::uint64_t page) {
+  RamParts parts;
+  for (const Region& region : map.regions()) {
+    if (region.kind() != RegionKind::ram) continue;
+    const std::uint64_t first = region.pages().first().value() / Below::pages;
+    const std::uint64_t last = (region.pages().end().value() - 1) / Below::pages;
+    parts.count += last - first + 1;
+    parts.has_page = parts.has_page || (first <= page / Below::pages && page / Below::pages <= last);
+  }
+  return parts;
 }
 
-/// Whether there was one.
-static bool take_one(std::atomic<int>& count) {
-  int left = count.load(std::memory_order_relaxed);
-  while (left > 0)
-    if (count.compare_exchange_weak(left, left - 1, std::memory_order_relaxed)) return true;
+/// Whether there was less than the most.
+static bool take_one(std::atomic<std::uint64_t>& taken, std::uint64_t most) {
+  std::uint64_t now = taken.load(std::memory_order_relaxed);
+  while (now < most)
+    if (taken.compare_exchange_weak(now, now + 1, std::memory_order_relaxed)) return true;
   return false;
 }
 
 /// What is below the slot that has the page; null where there is nothing, and nothing can be made.
 template <class Below>
-Below* Marks::make_below(MarkWord& slot, std::uint64_t page, std::atomic<int>& spare) noexcept {
+Below* Marks::make_below(MarkWord& slot, std::uint64_t page, Allowance& allowance) noexcept {
   std::uint64_t value = slot.load(std::memory_order_acquire);
   if (auto* const there = below<Below>(value)) return there;
-  const bool is_spare = !has_ram(*PageRange::make(PageNumber(page / Below::pages * Below::pages), Below::pages));
-  if (is_spare && !take_one(spare)) return nullptr;
+  const RamParts ram = [&] {
+    const PublishedMap::Reader map(map_);
+    return parts_of_ram<Below>(*map, page);
+  }();
+  std::atomic<std::uint64_t>& taken = ram.has_page ? allowance.of_ram : allowance.spare;
+  if (!take_one(taken, allowance.most_spare + (ram.has_page ? ram.count : 0))) return nullptr;
   if (std::unique_ptr<Below> made(new (std::nothrow) Below); made) {
     while (below<Below>(value) == nullptr)
       if (slot.compare_exchange_weak(value, value | reinterpret_cast<std::uintptr_t>(made.get()),
                                      std::memory_order_acq_rel, std::memory_order_acquire))
         return made.release();
   }
-  if (is_spare) spare.fetch_add(1, std::memory_order_relaxed);
+  taken.fetch_sub(1, std::memory_order_relaxed);
   return below<Below>(value);
 }
 
@@ -126,7 +139,7 @@ void Marks::mark(PageRange pages, Touchers by) noexcept {
     const std::uint64_t value = slot.load(std::memory_order_acquire);
     if ((value & bits) != bits) {
       auto* node = next - page == MarkNode::pages ? nullptr : below<MarkNode>(value);
-      if (node == nullptr && next - page < MarkNode::pages) node = make_below<MarkNode>(slot, page, spare_nodes_);
+      if (node == nullptr && next - page < MarkNode::pages) node = make_below<MarkNode>(slot, page, some_nodes_);
       if (node != nullptr)
         mark_in(*node, page, next, bits);
       else
@@ -143,7 +156,7 @@ void Marks::mark_in(MarkNode& node, std::uint64_t first, std::uint64_t end, std:
     const std::uint64_t value = slot.load(std::memory_order_acquire);
     if ((value & bits) != bits) {
       auto* leaf = next - page == MarkLeaf::pages ? nullptr : below<MarkLeaf>(value);
-      if (leaf == nullptr && next - page < MarkLeaf::pages) leaf = make_below<MarkLeaf>(slot, page, spare_leaves_);
+      if (leaf == nullptr && next - page < MarkLeaf::pages) leaf = make_below<MarkLeaf>(slot, page, some_leaves_);
       if (leaf == nullptr) set(slot, bits);
       while (leaf != nullptr && page < next) {
         const std::uint64_t word_end = part_end(page, MarkLeaf::pages_per_word, next);
@@ -161,7 +174,7 @@ void Marks::split(std::uint64_t page) noexcept {
   const std::uint64_t of_node = node_slot.load(std::memory_order_acquire) & all_touchers;
   auto* node = below<MarkNode>(node_slot.load(std::memory_order_acquire));
   if (of_node != 0) {
-    node = make_below<MarkNode>(node_slot, page, spare_nodes_);
+    node = make_below<MarkNode>(node_slot, page, some_nodes_);
     if (node == nullptr) return;
     for (MarkWord& slot : node->leaves)
       set(slot, of_node);
@@ -171,7 +184,7 @@ void Marks::split(std::uint64_t page) noexcept {
   MarkWord& slot = leaf_slot(*node, page);
   const std::uint64_t of_leaf = slot.load(std::memory_order_acquire) & all_touchers;
   if (of_leaf == 0) return;
-  auto* const leaf = make_below<MarkLeaf>(slot, page, spare_leaves_);
+  auto* const leaf = make_below<MarkLeaf>(slot, page, some_leaves_);
   if (leaf == nullptr) return;
   for (MarkWord& word : leaf->words)
     set(word, of_leaf * each_page);

@@ -34,8 +34,9 @@ struct alignas(16) MarkNode {
 /// Pages that were marked by hand, and for whom: by guest page number, whatever the map has there. Who marks takes no
 /// lock: it sets bits of a bitmap, of which the parts are made when they are first needed, and stay.
 ///
-/// In memory that follows RAM: where the map has none, few parts are made. Beyond these, and where no memory is to be
-/// had, a mark becomes one of the whole part (128 MiB or 1 TiB): none is lost.
+/// In memory that follows RAM: where the map has none, few parts are made, and no more than a map needs where RAM comes
+/// and goes. Beyond these, and where no memory is to be had, a mark becomes one of the whole part (128 MiB or 1 TiB):
+/// none is lost.
 ///
 /// Safe to use from any thread.
 class Marks {
@@ -83,9 +84,15 @@ public:
   };
 
 private:
+  /// How many parts of a size there may be.
+  struct Allowance {
+    explicit Allowance(std::uint64_t count) : most_spare(count) {}
+    const std::uint64_t most_spare;       ///< Where the map has no RAM, and where it has none any more.
+    std::atomic<std::uint64_t> spare = 0; ///< Made where it had none.
+    std::atomic<std::uint64_t> of_ram = 0;
+  };
   template <class Below>
-  [[nodiscard]] Below* make_below(MarkWord& slot, std::uint64_t page, std::atomic<int>& spare) noexcept;
-  [[nodiscard]] bool has_ram(PageRange pages) const noexcept;
+  [[nodiscard]] Below* make_below(MarkWord& slot, std::uint64_t page, Allowance& allowance) noexcept;
   void mark_in(MarkNode& node, std::uint64_t first, std::uint64_t end, std::uint64_t bits) noexcept;
   /// What counts for all pages below goes down to where `page` begins a part. With the lock.
   void split(std::uint64_t page) noexcept;
@@ -95,9 +102,8 @@ private:
 
   const PublishedMap& map_;
   std::array<MarkWord, (guest_space_end >> page_shift) / MarkNode::pages> nodes_{};
-  // How many more are made where the map has no RAM.
-  std::atomic<int> spare_nodes_ = 32;
-  std::atomic<int> spare_leaves_ = 128;
+  Allowance some_nodes_{32};
+  Allowance some_leaves_{128};
   mutable std::mutex taking_; // held by who takes marks away, or looks at them
 };
 

@@ -282,8 +282,7 @@ std::vector<std::string> opened_by_a_survey(const GuestMemory& memory) {
   std::vector<std::string> names;
   static_cast<void>(memory.survey());
   for (const test::SystemCall& call : test::record_system_calls([&] { static_cast<void>(memory.survey()); }))
-    if (call.number == SYS_openat || call.number == SYS_open)
-      names.emplace_back(reinterpret_cast<const char*>(call.arguments[call.number == SYS_openat ? 1 : 0]));
+    if (call.number == SYS_openat) names.emplace_back(call.path.data());
   return names;
 }
 

@@ -10,6 +10,8 @@
 #include <utility>
 #include <vector>
 
+#include "support/held.hpp"
+
 import cppvmm.guest_memory;
 
 // Marks by hand: what is marked stays marked until it is taken back, whoever marks at the same time and whatever
@@ -271,6 +273,23 @@ TEST(MarksOfAnyMap, WhereThereIsNoRamAreNotLost) {
   EXPECT_EQ(memory.survey().touched, PageSet(pages(100 * node + 1, 1)));
   memory.clear_marks(pages(0, all_pages));
   EXPECT_TRUE(memory.marks().empty());
+}
+
+// A guest that moves memory about, as a window of a device, does not make the host keep marks of every place.
+TEST(MarksOfAnyMap, WhereRamComesAndGoesTakeNoMoreMemory) {
+  constexpr std::uint64_t places = 2000;
+  GuestMemory memory;
+  const std::size_t before = test::heap_now();
+  for (std::uint64_t place = 0; place < places; ++place) {
+    const GuestAddress start(place * leaf * page_size);
+    ASSERT_TRUE(memory.add_region(*Region::anonymous(start, 16 * page_size)));
+    memory.mark_touched(pages(place * leaf + 3, 1), Toucher::device);
+    EXPECT_FALSE(memory.survey().zeroed.contains(PageNumber(place * leaf + 3)));
+    ASSERT_TRUE(memory.remove_region(start));
+  }
+  EXPECT_LT(test::heap_now(), before + (std::size_t{8} << 20));
+  for (std::uint64_t place = 0; place < places; ++place)
+    EXPECT_TRUE(memory.marks().pages().contains(PageNumber(place * leaf + 3)));
 }
 
 } // namespace

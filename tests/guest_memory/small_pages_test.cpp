@@ -40,8 +40,7 @@ protected:
     const auto calls = test::record_system_calls([&] { static_cast<void>(memory.survey()); });
     return std::ranges::any_of(calls, [](const test::SystemCall& call) {
       return call.number == SYS_membarrier ||
-             (call.number == SYS_openat &&
-              reinterpret_cast<const char*>(call.arguments[1]) == std::string_view("/proc/self/smaps"));
+             (call.number == SYS_openat && call.path.data() == std::string_view("/proc/self/smaps"));
     });
   }
 

@@ -298,6 +298,11 @@ static void on_call(int /*signal*/, siginfo_t* info, void* context) {
       .arguments = {static_cast<unsigned long>(registers[REG_RDI]), static_cast<unsigned long>(registers[REG_RSI]),
                     static_cast<unsigned long>(registers[REG_RDX]), static_cast<unsigned long>(registers[REG_R10]),
                     static_cast<unsigned long>(registers[REG_R8]), static_cast<unsigned long>(registers[REG_R9])}};
+  if (call.number == SYS_openat) {
+    const auto* const path = reinterpret_cast<const char*>(call.arguments[1]);
+    for (std::size_t i = 0; i + 1 < call.path.size() && path[i] != '\0'; ++i)
+      call.path[i] = path[i];
+  }
   const bool counts = from >= caught.library.begin && from < caught.library.end && call.number != SYS_prctl &&
                       caught.calls.size() < caught.calls.capacity();
   const SystemCallFaults* const row = counts && caught.calls.size() == caught.at ? faults_of(call) : nullptr;

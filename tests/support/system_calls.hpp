@@ -17,6 +17,7 @@ struct SystemCall {
   std::array<unsigned long, 6> arguments{};
   long result = 0; ///< As the kernel returns it: a negative errno.
   bool is_faulted = false;
+  std::array<char, 24> path{}; ///< Of openat: how its path begins.
 };
 
 /// What goes wrong with a call.
