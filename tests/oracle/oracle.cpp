@@ -1037,8 +1037,10 @@ private:
     const auto brings_it = [&](const Live& other) { return other.get() != &live && live.may_come_with(page, *other); };
     if (reason == Reason::none && std::ranges::any_of(lives_, brings_it)) reason = Reason::huge_page;
     if (reason == Reason::none) return Reason::none;
-    // What is swapped out cannot be told from what was lost.
-    if (live.is_proven(page) && live.proof() == Proof::log && live.facts.paged_out && !is_shared(live.spec().memory))
+    // What is swapped out cannot be told from what was lost; under a watch, only where the swap cache has it too, as
+    // where a forked child has looked at its own.
+    const bool may_be_lost = live.proof() == Proof::log || !children_.empty();
+    if (live.is_proven(page) && may_be_lost && live.facts.paged_out && !is_shared(live.spec().memory))
       return Reason::absent;
     if (live.is_proven(page)) return Reason::none;
     if (case_.mode != SurveyMode::content_check || live.spec().memory == Memory::unknown) return reason;
