@@ -606,6 +606,7 @@ private:
     while (got < 0 && errno == EINTR);
     close(ends[0]);
     if (child < 0) return false;
+    has_forked_ = true;
     if (stays)
       children_.push_back(child);
     else
@@ -1039,7 +1040,7 @@ private:
     if (reason == Reason::none) return Reason::none;
     // What is swapped out cannot be told from what was lost; under a watch, only where the swap cache has it too, as
     // where a forked child has looked at its own.
-    const bool may_be_lost = live.proof() == Proof::log || !children_.empty();
+    const bool may_be_lost = live.proof() == Proof::log || has_forked_;
     if (live.is_proven(page) && may_be_lost && live.facts.paged_out && !is_shared(live.spec().memory))
       return Reason::absent;
     if (live.is_proven(page)) return Reason::none;
@@ -1053,6 +1054,7 @@ private:
   std::vector<Live> lives_;
   GuestMemory memory_;
   std::vector<pid_t> children_;
+  bool has_forked_ = false;
   bool guest_has_memory_ = false;
   std::optional<DirtyLog> log_;
   bool has_complete_log_ = false;
