@@ -108,8 +108,11 @@ void PageSet::remove(PageRange range) {
 
 void PageSet::remove(const PageSet& other) {
   if (other.empty() || ranges_.empty()) return;
-  if (other.range_count() == 1) {
-    remove(other.ranges_.front());
+  // Few are taken out in place, without room for another set: what several calls leave out of an answer.
+  constexpr std::size_t few = 8;
+  if (other.range_count() <= few && &other != this) {
+    for (const PageRange& range : other.ranges_)
+      remove(range);
     return;
   }
   std::vector<PageRange> difference;
