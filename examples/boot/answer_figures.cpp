@@ -69,7 +69,7 @@ AnswerFigures describe(const BootZeroedAnswer& answer) {
   figures.touched_pages = answer.survey.touched.page_count();
   // Pages in use that hold no data yet are in neither answer.
   PageSet in_use = answer.survey.ram;
-  in_use.remove(answer.survey.zeroed);
+  in_use.remove(answer.zeroed());
   figures.reported_pages_by_2_mib = pages_in_untouched_blocks(ranges_of(answer.survey.ram), ranges_of(in_use));
   figures.survey_us = Microseconds(answer.survey.cost).count();
   for (const auto& region : answer.survey.regions)

@@ -597,6 +597,7 @@ private:
     hv.boot_zeroed_memory = has_enlightenment(options_.enlightenments, "hv-boot-zeroed-mem");
     hv.extended_hypercalls = hv.boot_zeroed_memory || has_enlightenment(options_.enlightenments, "hv-ext-query-caps");
     hv.on_boot_zeroed = [this](const BootZeroedAnswer& answer) {
+      const std::lock_guard lock(answering_);
       on_answer(answer, figures_.resets + 1, options_, *memory_->snapshot(), findings_, stop_.get_token());
       end_preparations();
     };
@@ -704,6 +705,7 @@ private:
   std::vector<std::shared_ptr<OwnMapping>> mappings_;
   std::unique_ptr<GuestMemory> memory_;
   Findings findings_;
+  std::mutex answering_; // one audit at a time
   std::unique_ptr<TraceFile> trace_;
   std::optional<SavedMachine> saved_; ///< Until it is restored.
   std::stop_source stop_;

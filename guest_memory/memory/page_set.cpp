@@ -117,19 +117,7 @@ void PageSet::remove(const PageSet& other) {
   }
   std::vector<PageRange> difference;
   difference.reserve(ranges_.size() + other.ranges_.size());
-  auto hole = first_behind(other.ranges_, ranges_.front().first());
-  for (const PageRange& range : ranges_) {
-    PageNumber at = range.first();
-    while (hole != other.ranges_.end() && hole->end() <= at)
-      ++hole;
-    for (; hole != other.ranges_.end() && hole->first() < range.end(); ++hole) {
-      if (at < hole->first()) difference.push_back(between(at, hole->first()));
-      at = hole->end();
-      // The next range may lie in it too.
-      if (range.end() <= at) break;
-    }
-    if (at < range.end()) difference.push_back(between(at, range.end()));
-  }
+  for_each_without(other, [&](const PageRange& range) { difference.push_back(range); });
   ranges_ = std::move(difference);
 }
 
@@ -175,12 +163,25 @@ std::uint64_t PageSet::page_count() const {
   return pages;
 }
 
-std::vector<PageRange> PageSet::largest(std::size_t count) const {
+std::vector<PageRange> PageSet::largest(std::size_t count, const PageSet& without) const {
   const auto larger = [](const PageRange& left, const PageRange& right) {
     return left.count() != right.count() ? left.count() > right.count() : left.first() < right.first();
   };
-  std::vector<PageRange> result(std::min(count, ranges_.size()));
-  std::ranges::partial_sort_copy(ranges_, result, larger);
+  if (count == 0) return {};
+  // A heap of the largest so far, with the smallest of them in front.
+  std::vector<PageRange> result;
+  result.reserve(std::min(count, ranges_.size() + without.ranges_.size()));
+  for_each_without(without, [&](const PageRange& range) {
+    if (result.size() == count) {
+      if (!larger(range, result.front())) return;
+      std::ranges::pop_heap(result, larger);
+      result.back() = range;
+    } else {
+      result.push_back(range);
+    }
+    std::ranges::push_heap(result, larger);
+  });
+  std::ranges::sort_heap(result, larger);
   return result;
 }
 

@@ -1,4 +1,5 @@
 module;
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <span>
@@ -49,9 +50,28 @@ public:
   /// The set as disjoint ranges that do not touch, ascending. Valid until the set is changed.
   [[nodiscard]] std::span<const PageRange> ranges() const& { return ranges_; }
   [[nodiscard]] std::vector<PageRange> ranges() && { return std::move(ranges_); }
-  /// At most `count` of those ranges: the ones with the most pages, largest first, of equals the lowest first.
-  /// O(number of ranges × log count), and room for `count`.
-  [[nodiscard]] std::vector<PageRange> largest(std::size_t count) const;
+  /// Calls each(range) for the ranges that are left without the pages of `without`, ascending. One pass over both.
+  template <class Each>
+  void for_each_without(const PageSet& without, Each each) const {
+    auto hole = without.ranges_.begin();
+    const auto end = without.ranges_.end();
+    if (!ranges_.empty()) hole = std::ranges::upper_bound(hole, end, ranges_.front().first(), {}, &PageRange::end);
+    for (const PageRange& range : ranges_) {
+      PageNumber at = range.first();
+      while (hole != end && hole->end() <= at)
+        ++hole;
+      for (; hole != end && hole->first() < range.end(); ++hole) {
+        if (at < hole->first()) each(between(at, hole->first()));
+        at = hole->end();
+        // The next range may lie in it too.
+        if (range.end() <= at) break;
+      }
+      if (at < range.end()) each(between(at, range.end()));
+    }
+  }
+  /// At most `count` of the ranges that are left without the pages of `without`: the ones with the most pages, largest
+  /// first, of equals the lowest first. One pass over both, O(log count) a range, and room for `count`.
+  [[nodiscard]] std::vector<PageRange> largest(std::size_t count, const PageSet& without = {}) const;
 
   friend bool operator==(const PageSet&, const PageSet&) = default;
 

@@ -44,21 +44,38 @@ public:
   template <class Run>
   [[nodiscard]] std::optional<Result> get(const std::optional<Key>& key, const std::stop_token& stop,
                                           Clock::time_point deadline, Run run) {
+    std::optional<Result> got;
+    static_cast<void>(use(key, stop, deadline, run, [&](Result& result, bool is_last) {
+      if (is_last)
+        got.emplace(std::move(result));
+      else
+        got.emplace(std::as_const(result));
+    }));
+    return got;
+  }
+
+  /// The same, without copies: calls `used(result, is_last)` with what is shared. It is of use to others at the same
+  /// time unless `is_last`: then it may be taken. A run is in progress until all have used its result, so that there
+  /// are no more results than runs. False where the wait was ended. Throws what `used` throws, too.
+  template <class Run, class Use>
+  [[nodiscard]] bool use(const std::optional<Key>& key, const std::stop_token& stop, Clock::time_point deadline,
+                         Run run, Use used) {
     std::unique_lock lock(mutex_);
     // Not for ever with others, who may have to fail again.
     constexpr int most_tries_shared = 3;
     for (int tries = 0;; ++tries) {
-      const std::shared_ptr<Batch> batch = join(tries < most_tries_shared ? key : std::nullopt);
+      Leaving own{*this, join(tries < most_tries_shared ? key : std::nullopt), lock};
+      Batch& batch = *own.batch;
       const auto is_ready = [&] {
-        return batch->state == State::waiting ? may_begin(*batch) : batch->state > State::running;
+        return batch.state == State::waiting ? may_begin(batch) : batch.state > State::running;
       };
-      if (!changed_.wait_until(lock, stop, deadline, is_ready)) {
-        leave(*batch);
-        return std::nullopt;
-      }
-      if (batch->state == State::waiting) return lead(*batch, lock, run);
-      if (batch->state == State::given) return take(*batch, lock);
-      leave(*batch);
+      if (!changed_.wait_until(lock, stop, deadline, is_ready)) return false;
+      if (batch.state == State::waiting) lead(batch, lock, run, own.leads);
+      if (batch.state == State::failed && !own.leads) continue;
+      const bool is_last = own.leads || batch.callers == 1;
+      lock.unlock();
+      used(*batch.result, is_last);
+      return true;
     }
   }
 
@@ -78,7 +95,7 @@ private:
   struct Batch {
     std::optional<Key> key;
     State state = State::waiting;
-    std::size_t callers = 0; ///< Who have not got their result yet.
+    std::size_t callers = 0; ///< Who have not used their result yet.
     std::optional<Result> result = std::nullopt;
   };
 
@@ -95,59 +112,60 @@ private:
 
   [[nodiscard]] bool may_begin(const Batch& batch) const { return running_ < most_ && queue_.front().get() == &batch; }
 
-  void leave(Batch& batch) {
-    if (--batch.callers > 0 || batch.state != State::waiting) return;
-    std::erase_if(queue_, [&](const auto& each) { return each.get() == &batch; });
-    changed_.notify_all();
-  }
+  /// A caller's part in a batch.
+  struct Leaving {
+    SharedRuns& runs;
+    std::shared_ptr<Batch> batch;
+    std::unique_lock<std::mutex>& lock;
+    bool leads = false; ///< It has run what is not shared, or not yet.
 
-  void end(Batch& batch, State state) {
-    --running_;
-    batch.state = state;
+    ~Leaving() {
+      if (!lock.owns_lock()) lock.lock();
+      runs.leave(*batch, leads, lock);
+    }
+  };
+
+  void leave(Batch& batch, bool leads, std::unique_lock<std::mutex>& lock) {
+    --batch.callers;
+    // Of a run that failed, the others have nothing.
+    if (leads || (batch.callers == 0 && batch.state == State::given)) {
+      // It can be large: others need not wait for that.
+      lock.unlock();
+      batch.result.reset();
+      lock.lock();
+      --running_;
+    } else if (batch.callers == 0 && batch.state == State::waiting) {
+      std::erase_if(queue_, [&](const auto& each) { return each.get() == &batch; });
+    } else {
+      return;
+    }
     changed_.notify_all();
   }
 
   template <class Run>
-  [[nodiscard]] Result lead(Batch& batch, std::unique_lock<std::mutex>& lock, Run& run) {
+  void lead(Batch& batch, std::unique_lock<std::mutex>& lock, Run& run, bool& leads) {
     batch.state = State::running;
     queue_.pop_front();
     ++running_;
     changed_.notify_all();
-    lock.unlock();
-    std::optional<Given> given;
-    try {
-      given.emplace(run());
-    } catch (...) {
+    leads = true;
+    const auto end = [&](State state) {
       lock.lock();
-      end(batch, State::failed);
-      leave(batch);
+      batch.state = state;
+      leads = state == State::failed;
+      changed_.notify_all();
+    };
+    lock.unlock();
+    bool may_be_shared = false;
+    try {
+      Given given = run();
+      may_be_shared = given.may_be_shared;
+      batch.result.emplace(std::move(given.result));
+    } catch (...) {
+      end(State::failed);
       throw;
     }
-    lock.lock();
-    if (batch.callers == 1 || !given->may_be_shared) {
-      end(batch, State::failed);
-      leave(batch);
-      return std::move(given->result);
-    }
-    batch.result.emplace(std::move(given->result));
-    end(batch, State::given);
-    return take(batch, lock);
-  }
-
-  [[nodiscard]] Result take(Batch& batch, std::unique_lock<std::mutex>& lock) {
-    /// The last one may have it: all others have their copies.
-    struct Leaving {
-      SharedRuns& runs;
-      Batch& batch;
-      std::unique_lock<std::mutex>& lock;
-      ~Leaving() {
-        if (!lock.owns_lock()) lock.lock();
-        runs.leave(batch);
-      }
-    } const leaving{*this, batch, lock};
-    if (batch.callers == 1) return std::move(*batch.result);
-    lock.unlock();
-    return *batch.result;
+    end(may_be_shared ? State::given : State::failed);
   }
 
   mutable std::mutex mutex_;

@@ -135,11 +135,13 @@ HvResult<HvCallTable> ExtendedHypercalls::State::make_table() {
 
 std::function<void(const BootZeroedAnswer&)> ExtendedHypercalls::State::traced() {
   return [this](const BootZeroedAnswer& answer) {
-    options.trace(HvRangesAnswered{.output = answer.output,
-                                   .ranges = answer.ranges,
-                                   .ram_pages = answer.survey.ram.page_count(),
-                                   .zeroed_pages = answer.survey.zeroed.page_count(),
-                                   .zeroed_ranges = answer.survey.zeroed.range_count()});
+    HvRangesAnswered told{
+        .output = answer.output, .ranges = answer.ranges, .ram_pages = answer.survey.ram.page_count()};
+    answer.survey.zeroed.for_each_without(answer.leave_out, [&](const PageRange& range) {
+      told.zeroed_pages += range.count();
+      ++told.zeroed_ranges;
+    });
+    options.trace(told);
     if (options.on_boot_zeroed) options.on_boot_zeroed(answer);
   };
 }

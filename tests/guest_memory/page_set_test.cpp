@@ -61,6 +61,27 @@ TEST(PageSet, GivesTheLargestFirstAndOfEqualsTheLowest) {
   EXPECT_EQ(set.largest(99).size(), 4U);
 }
 
+TEST(PageSet, GivesTheLargestOfWhatIsLeftWithoutOthers) {
+  std::mt19937 random(2550);
+  for (int round = 0; round < 300; ++round) {
+    const auto drawn = [&] {
+      std::vector<PageRange> ranges(random() % 12);
+      for (PageRange& range : ranges)
+        range = pages(random() % 60, 1 + random() % 9);
+      return PageSet::of(std::move(ranges));
+    };
+    const PageSet set = drawn();
+    const PageSet without = drawn();
+    PageSet left = set;
+    left.remove(without);
+    std::vector<PageRange> expected = std::move(left).ranges();
+    std::ranges::sort(expected, {}, [](const PageRange& range) { return std::pair(~range.count(), range.first()); });
+    for (const std::size_t count : {0U, 1U, 3U, 99U})
+      EXPECT_EQ(set.largest(count, without),
+                std::vector(expected.begin(), expected.begin() + std::min<std::ptrdiff_t>(static_cast<std::ptrdiff_t>(count), std::ssize(expected))));
+  }
+}
+
 // No choice of so many ranges, whole ones of the set or parts of them, has more pages than the largest.
 TEST(PageSet, GivesTheMostPagesThatSoManyRangesCanHave) {
   constexpr unsigned universe = 12;

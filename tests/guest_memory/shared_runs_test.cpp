@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <gtest/gtest.h>
 #include <latch>
+#include <memory>
 #include <optional>
 #include <stdexcept>
 #include <stop_token>
@@ -196,6 +197,71 @@ TEST_F(SharedRuns, MoreMayBegin) {
   runs.set_most(2);
   waiting.join();
   let_go();
+}
+
+TEST(SharedResults, AreNotCopiedAndAreInProgressUntilAllHaveUsedThem) {
+  struct Only {
+    int value = 0;
+  };
+  cppvmm::SharedRuns<int, std::unique_ptr<Only>> results(1);
+  using Result = std::unique_ptr<Only>;
+  std::latch both_use_it(2);
+  std::atomic<int> made = 0;
+  std::atomic<const Only*> seen[2] = {};
+  const auto run = [&] { return cppvmm::SharedRuns<int, Result>::Given{std::make_unique<Only>(Only{++made})}; };
+  std::latch first_runs(1);
+  std::latch first_ends(1);
+  std::jthread first([&] {
+    EXPECT_TRUE(results.use(
+        alone, std::stop_token(), never, run, [&](Result& result, bool is_last) {
+          EXPECT_TRUE(is_last);
+          EXPECT_EQ(result->value, 1);
+          first_runs.count_down();
+          first_ends.wait();
+        }));
+  });
+  first_runs.wait();
+  std::jthread pair[2];
+  for (int i = 0; i < 2; ++i)
+    pair[i] = std::jthread([&, i] {
+      EXPECT_TRUE(results.use(1, std::stop_token(), never, run, [&](Result& result, bool) {
+        seen[i] = result.get();
+        both_use_it.arrive_and_wait();
+        EXPECT_EQ(result->value, 2);
+      }));
+    });
+  while (results.waiting() != 2)
+    std::this_thread::yield();
+  // The first is used still.
+  EXPECT_EQ(made, 1);
+  first_ends.count_down();
+  for (std::jthread& each : pair)
+    each.join();
+  EXPECT_EQ(made, 2);
+  EXPECT_EQ(seen[0].load(), seen[1].load());
+}
+
+TEST_F(SharedRuns, WhoeverThrowsWhenUsingAResultLeavesItToTheOthers) {
+  occupy();
+  std::atomic<int> used = 0;
+  {
+    std::vector<std::jthread> threads;
+    threads.reserve(4);
+    for (int i = 0; i < 4; ++i)
+      threads.emplace_back([&] {
+        try {
+          EXPECT_TRUE(runs.use(1, std::stop_token(), never, [] { return Given{3}; }, [&](int& result, bool) {
+            EXPECT_EQ(result, 3);
+            if (++used == 2) throw std::runtime_error("one of them");
+          }));
+        } catch (const std::runtime_error&) {
+        }
+      });
+    wait_until_waiting(4);
+    let_go();
+  }
+  EXPECT_EQ(used, 4);
+  EXPECT_EQ(get(runs, alone, [] { return Given{6}; }), 6);
 }
 
 // Each caller has counted before it calls: what it gets has seen that.

@@ -161,7 +161,7 @@ Answered real_surveyor(const GuestMemory& memory, const SurveyOptions& options, 
   answered.names_writers = true;
   HvOptions offered;
   offered.survey = options;
-  offered.on_boot_zeroed = [&](const BootZeroedAnswer& answer) { answered.zeroed = spans(answer.survey.zeroed); };
+  offered.on_boot_zeroed = [&](const BootZeroedAnswer& answer) { answered.zeroed = spans(answer.zeroed()); };
   auto hypercalls = ExtendedHypercalls::create(memory, std::move(offered));
   if (!hypercalls) {
     answered.problems.push_back(hypercalls.error().message());

@@ -6,6 +6,8 @@
 #include <gtest/gtest.h>
 #include <mutex>
 #include <optional>
+#include <set>
+#include <stop_token>
 #include <string>
 #include <sys/mman.h>
 #include <thread>
@@ -30,45 +32,119 @@ constexpr std::uint64_t boot_zeroed = 0x8002;
 
 PageRange pages(std::uint64_t first, std::uint64_t count) { return *PageRange::make(PageNumber(first), count); }
 
-TEST(Vcpus, HoldOneAnswerAtATime) {
-  // Enough ranges that an answer takes some megabytes.
-  constexpr std::uint64_t extents = 150'000;
-  const Region region = *Region::anonymous(GuestAddress(0), (2 * extents + 2) * page_size);
-  madvise(region.host_address(), region.bytes(), MADV_NOHUGEPAGE);
-  for (std::uint64_t page = 1; page < 2 * extents; page += 2)
-    static_cast<volatile char*>(region.host_address())[page * page_size] = 1;
-  const GuestMemory memory(*MemoryMap::make({region}));
+/// vCPUs that ask. Those that are answered stay in on_answer until they are let go.
+class Vcpus : public testing::Test {
+protected:
+  Vcpus() {
+    // Enough ranges that a survey takes some megabytes.
+    constexpr std::uint64_t extents = 150'000;
+    const Region region = *Region::anonymous(GuestAddress(0), (2 * extents + 2) * page_size);
+    madvise(region.host_address(), region.bytes(), MADV_NOHUGEPAGE);
+    for (std::uint64_t page = 1; page < 2 * extents; page += 2)
+      static_cast<volatile char*>(region.host_address())[page * page_size] = 1;
+    memory.replace(*MemoryMap::make({region}));
+  }
 
-  std::mutex mutex;
-  std::condition_variable another;
-  int inside = 0;
-  int most_inside = 0;
-  // Gives others the time to come in.
-  const auto meet = [&](const BootZeroedAnswer&) {
+  SurveyOptions options_of_next() {
+    const std::lock_guard lock(mutex);
+    ++begun;
+    changed.notify_all();
+    return options;
+  }
+
+  void meet(const BootZeroedAnswer& answer) {
     std::unique_lock lock(mutex);
-    most_inside = std::max(most_inside, ++inside);
-    another.notify_all();
-    another.wait_for(lock, std::chrono::milliseconds(200), [&] { return inside > 1; });
-    --inside;
-  };
-  auto hypercalls = *ExtendedHypercalls::create(memory, {.on_boot_zeroed = meet});
-  const auto growth = [&](std::size_t vcpus) {
+    if (!is_let_go) surveys.insert(&answer.survey);
+    ranges_of_last = answer.ranges.size();
+    ++answered;
+    changed.notify_all();
+    changed.wait(lock, [&] { return is_let_go; });
+  }
+
+  /// Another vCPU, which asks.
+  std::jthread ask() {
+    const std::uint64_t output = (4 * ++asked + 1) * page_size;
+    return std::jthread([this, output] {
+      HvCheckedCall call;
+      call.output = GuestAddress(output);
+      EXPECT_EQ(row.handler(call).status, HvStatus::success);
+    });
+  }
+  void wait_until(const int& count, int reaches) {
+    std::unique_lock lock(mutex);
+    changed.wait(lock, [&] { return count >= reaches; });
+  }
+  void let_go() {
+    const std::lock_guard lock(mutex);
+    is_let_go = true;
+    changed.notify_all();
+  }
+
+  GuestMemory memory;
+  std::mutex mutex; // guards the next ones
+  std::condition_variable changed;
+  SurveyOptions options;
+  int begun = 0;
+  int answered = 0;
+  bool is_let_go = false;
+  std::set<const Survey*> surveys; // of the first answers, which are not over
+  std::size_t ranges_of_last = 0;
+  std::uint64_t asked = 0;
+  HvCallRow row =
+      boot_zeroed_memory_row(memory, {.survey = [this] { return options_of_next(); },
+                                      .on_answer = [this](const BootZeroedAnswer& answer) { meet(answer); }});
+};
+
+// Two are answered and kept; the others have nothing then, but what they share.
+TEST_F(Vcpus, ShareSurveysOfWhichThereAreTwo) {
+  const auto growth_of = [&](auto ask_all) {
     const std::size_t before = test::bytes_held;
     test::most_bytes_held = before;
-    std::vector<std::thread> threads;
-    for (std::size_t i = 0; i < vcpus; ++i)
-      threads.emplace_back([&, i] {
-        EXPECT_EQ(*hypercalls.handle({.control = boot_zeroed, .output = GuestAddress((4 * i + 1) * page_size)}), 0U);
-      });
-    for (std::thread& thread : threads)
-      thread.join();
+    ask_all();
     return test::most_bytes_held - before;
   };
-  const std::size_t alone = growth(1);
-  const std::size_t together = growth(8);
-  EXPECT_EQ(most_inside, 1);
-  EXPECT_GT(alone, std::size_t{4} << 20);
-  EXPECT_LT(together, alone + alone / 4);
+  std::vector<std::jthread> vcpus;
+  const std::size_t of_two = growth_of([&] {
+    for (int i = 1; i <= 2; ++i) {
+      vcpus.push_back(ask());
+      wait_until(answered, i);
+    }
+  });
+  EXPECT_EQ(surveys.size(), 2U);
+  EXPECT_GT(of_two, std::size_t{8} << 20);
+  for (int i = 0; i < 6; ++i)
+    vcpus.push_back(ask());
+  wait_until(begun, 8);
+  EXPECT_EQ(answered, 2);
+  const std::size_t of_all = growth_of([&] {
+    let_go();
+    vcpus.clear();
+  });
+  EXPECT_EQ(answered, 8);
+  EXPECT_LT(of_all, of_two / 2) << "more than another one of what there were two of";
+}
+
+TEST_F(Vcpus, WaitNoLongerThanTheyAreToldTo) {
+  std::jthread first = ask();
+  wait_until(answered, 1);
+  std::stop_source stop;
+  options.stop = stop.get_token();
+  std::jthread second = ask();
+  wait_until(answered, 2);
+  EXPECT_EQ(ranges_of_last, 255U);
+  // Neither has let go of its survey.
+  std::jthread third = ask();
+  wait_until(begun, 3);
+  EXPECT_EQ(answered, 2);
+  stop.request_stop();
+  wait_until(answered, 3);
+  EXPECT_EQ(ranges_of_last, 0U);
+  options.stop = {};
+  options.max_time = std::chrono::milliseconds(1);
+  std::jthread fourth = ask();
+  wait_until(answered, 4);
+  EXPECT_EQ(ranges_of_last, 0U);
+  let_go();
 }
 
 /// Two regions, with data in some pages; the output goes to page 0.

@@ -133,16 +133,18 @@ TEST_F(Calls, NamesTheLargest255Ranges) {
 }
 
 TEST_F(Calls, TellsTheEmbedderWhatItAnswered) {
-  std::optional<BootZeroedAnswer> seen;
+  std::size_t ranges = 0;
+  std::uint64_t zeroed_pages = 0;
   std::uint64_t count_in_guest = 0;
   auto hypercalls = *ExtendedHypercalls::create(memory, {.on_boot_zeroed = [&](const BootZeroedAnswer& answer) {
-                                                  seen = answer;
+                                                  ranges = answer.ranges.size();
+                                                  zeroed_pages = answer.zeroed().page_count();
                                                   count_in_guest = *memory.read_value<std::uint64_t>(answer.output);
                                                 }});
   ASSERT_EQ(call(hypercalls, boot_zeroed, 0x2000), 0U);
-  ASSERT_TRUE(seen);
-  EXPECT_EQ(count_in_guest, seen->ranges.size());
-  EXPECT_EQ(seen->survey.zeroed.page_count(), 1024U); // 1025 pages of RAM but the answer's own
+  EXPECT_NE(ranges, 0U);
+  EXPECT_EQ(count_in_guest, ranges);
+  EXPECT_EQ(zeroed_pages, 1024U); // 1025 pages of RAM but the answer's own
   EXPECT_EQ(hypercalls.counts().get_boot_zeroed_memory, 1U);
   EXPECT_EQ(hypercalls.counts().query_capabilities, 0U);
 }
