@@ -55,6 +55,7 @@ protected:
   void meet(const BootZeroedAnswer& answer) {
     std::unique_lock lock(mutex);
     if (!is_let_go) surveys.insert(&answer.survey);
+    costs.insert(answer.survey.cost);
     ranges_of_last = answer.ranges.size();
     ++answered;
     changed.notify_all();
@@ -88,6 +89,7 @@ protected:
   int answered = 0;
   bool is_let_go = false;
   std::set<const Survey*> surveys; // of the first answers, which are not over
+  std::set<std::chrono::nanoseconds> costs; // which tell surveys apart: hardly two take the same
   std::size_t ranges_of_last = 0;
   std::uint64_t asked = 0;
   HvCallRow row =
@@ -121,6 +123,7 @@ TEST_F(Vcpus, ShareSurveysOfWhichThereAreTwo) {
     vcpus.clear();
   });
   EXPECT_EQ(answered, 8);
+  EXPECT_LT(costs.size(), 8U);
   EXPECT_LT(of_all, of_two / 2) << "more than another one of what there were two of";
 }
 
