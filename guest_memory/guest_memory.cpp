@@ -280,13 +280,15 @@ TouchedMap GuestMemory::marks() const {
 
 // Nobody looks at marks between their removal and the end of the discard: a survey that does not see them looks after
 // the pages became zero.
-MemoryResult<Discarded> GuestMemory::discard(const PageSet& pages) {
+MemoryResult<Discarded> GuestMemory::discard(const PageSet& pages, DiscardMode mode) {
   Marks::Taken marks(state_->marks, pages);
   const auto map = snapshot();
-  auto done = map->discard(pages);
+  auto done = map->discard(pages, mode);
+  // Which were kept is not told; they hold what they held.
+  const bool are_all_zero = done && done->kept_pages == 0;
   // Of another map, the marks may be of other memory.
-  if (done && snapshot() == map) marks.forget();
-  if (done)
+  if (are_all_zero && snapshot() == map) marks.forget();
+  if (are_all_zero)
     for (const auto& watch : state_->known_writes().watches) {
       PageSet watched = pages;
       watched.intersect(PageSet(watch->region().pages()));

@@ -109,8 +109,9 @@ public:
   /// MemoryMap::discard of the current map, and takes the marks of those pages back, as their content is gone. For a
   /// balloon that inflates (one that deflates needs nothing); a region that is unplugged is just removed. Calls that
   /// look at marks or clear some wait for it, and so do surveys; mark_touched, snapshot() and accesses do not. When it
-  /// fails, or when the map is replaced meanwhile, the marks stay, and so do those that are made meanwhile.
-  [[nodiscard]] MemoryResult<Discarded> discard(const PageSet& pages);
+  /// fails, or when pages are kept or the map is replaced meanwhile, the marks stay, and so do those that are made
+  /// meanwhile.
+  [[nodiscard]] MemoryResult<Discarded> discard(const PageSet& pages, DiscardMode mode = DiscardMode::free_or_clear);
   /// Discards all RAM of the map but `keep`, which may name pages that are no RAM: a machine's reset that leaves what
   /// firmware or the VMM put there. Nothing is done when RAM of unknown backing would have to be discarded.
   /// (A machine that restarts from a snapshot needs another map: private_file regions made anew, and replace().)

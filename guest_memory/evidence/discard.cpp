@@ -58,7 +58,9 @@ static DiscardTarget part_of(const DiscardTarget& target, std::uint64_t offset, 
 }
 
 static Discarded sum(Discarded left, Discarded right) {
-  return {left.freed_pages + right.freed_pages, left.cleared_pages + right.cleared_pages};
+  return {.freed_pages = left.freed_pages + right.freed_pages,
+          .cleared_pages = left.cleared_pages + right.cleared_pages,
+          .kept_pages = left.kept_pages + right.kept_pages};
 }
 
 static int advise(const FileMapping& part, int advice) {
@@ -151,10 +153,11 @@ static std::optional<ExtentList> occupied(const DiscardTarget& target) {
   return std::move(mapped.touched.front());
 }
 
-/// Overwrites what is there with zeros. What is not there stays so, as far as that can be told: a store would have the
-/// host allocate it.
+/// Overwrites what is there with zeros, if it may. What is not there stays so, as far as that can be told: a store
+/// would have the host allocate it.
 static MemoryResult<Discarded> clear(const DiscardTarget& target) {
   const FileMapping& memory = target.memory;
+  if (target.mode == DiscardMode::free_only) return Discarded{.kept_pages = memory.bytes / page_size};
   const auto mapped = occupied(target);
   if (!mapped) return clear_all(memory, target.reach);
   Discarded done;
@@ -307,12 +310,14 @@ MemoryResult<Discarded> discard_private_file(const DiscardTarget& target, PageRa
   return done;
 }
 
-/// Makes private copies of zeros. What cannot be had is an error: the store would be a SIGBUS.
-static MemoryResult<Discarded> hide_file(const FileMapping& part, GuestReach reach) {
+/// Makes private copies of zeros, if it may. What cannot be had is an error: the store would be a SIGBUS.
+static MemoryResult<Discarded> hide_file(const DiscardTarget& target) {
+  const FileMapping& part = target.memory;
+  if (target.mode == DiscardMode::free_only) return Discarded{.kept_pages = part.bytes / page_size};
   const int error = advise(part, advice_populate);
   if (error != 0 && error != EINVAL)
     return refuse(part, "MADV_POPULATE_WRITE of huge pages to clear", error, GuestAccess{.error = error}.code());
-  return clear_all(part, reach);
+  return clear_all(part, target.reach);
 }
 
 MemoryResult<Discarded> discard_hugetlb_private_file(const DiscardTarget& target, const ExtentList& data) {
@@ -339,7 +344,7 @@ MemoryResult<Discarded> discard_hugetlb_private_file(const DiscardTarget& target
     const std::uint64_t to = std::min(extent.end(), end);
     if (from >= to) continue;
     if (auto discarded = discard_until(from); !discarded) return std::unexpected(discarded.error());
-    const auto hidden = hide_file(part(from, to).memory, target.reach);
+    const auto hidden = hide_file(part(from, to));
     if (!hidden) return hidden;
     done = sum(done, *hidden);
     at = to;
@@ -348,7 +353,7 @@ MemoryResult<Discarded> discard_hugetlb_private_file(const DiscardTarget& target
   return done;
 }
 
-MemoryResult<Discarded> Region::discard(PageRange range) const {
+MemoryResult<Discarded> Region::discard(PageRange range, DiscardMode mode) const {
   const auto refuse_range = [&](MemoryErrc code) {
     return refuse_region(code, range.start_address(), range.bytes(), "Region::discard");
   };
@@ -366,7 +371,8 @@ MemoryResult<Discarded> Region::discard(PageRange range) const {
       .backing = backing(),
       .is_fd_writable = !is_adopted(),
       .huge_page = mapping_->huge_page,
-      .reach = reach_of(is_adopted())};
+      .reach = reach_of(is_adopted()),
+      .mode = mode};
   auto done = [&] {
     if (backing() == Backing::private_file) return discard_private_file(target, range, mapping_->replaced);
     if (backing() == Backing::hugetlb_private_file)

@@ -20,6 +20,7 @@ struct DiscardTarget {
   bool is_fd_writable = false;
   std::uint64_t huge_page = 0; ///< Of hugetlb kinds, in bytes; 0 if it is not known.
   GuestReach reach = GuestReach::plain;
+  DiscardMode mode = DiscardMode::free_or_clear;
 };
 
 /// Makes the pages read zero: of any backing but private files and unknown.

@@ -219,37 +219,59 @@ struct RegionPart {
   PageRange pages;
 };
 
-MemoryResult<Discarded> MemoryMap::discard(const PageSet& pages) const {
+static std::unexpected<MemoryError> refuse_part(MemoryErrc code, const RegionPart& part, const char* operation) {
+  return std::unexpected(MemoryError{.code = code,
+                                     .address = part.pages.start_address().value(),
+                                     .length = part.pages.bytes(),
+                                     .operation = operation});
+}
+
+/// The pages, by region; not_backed where one is in none.
+static MemoryResult<std::vector<RegionPart>> parts_of(const MemoryMap& map, const PageSet& pages,
+                                                      const char* operation) {
   std::vector<RegionPart> parts;
   for (const PageRange& range : pages.ranges()) {
     for (PageNumber at = range.first(); at < range.end();) {
-      const GuestAddress address(at.value() * page_size);
-      const auto refuse = [&](MemoryErrc code) {
-        return std::unexpected(MemoryError{
-            .code = code, .address = address.value(), .length = range.bytes(), .operation = "MemoryMap::discard"});
-      };
-      const Region* region = find(address);
-      if (region == nullptr) return refuse(MemoryErrc::not_backed);
-      if (region->kind() == RegionKind::rom) return refuse(MemoryErrc::read_only);
-      if (region->backing() == Backing::unknown) return refuse(MemoryErrc::unavailable);
-      const PageNumber end = std::min(range.end(), region->pages().end());
+      const Region* region = map.find(GuestAddress(at.value() * page_size));
+      const PageNumber end = region == nullptr ? range.end() : std::min(range.end(), region->pages().end());
       const auto part = PageRange::make(at, end.value() - at.value());
       if (!part) return std::unexpected(part.error());
+      if (region == nullptr) return refuse_part(MemoryErrc::not_backed, {nullptr, *part}, operation);
       parts.push_back({region, *part});
       at = end;
     }
   }
+  return parts;
+}
+
+MemoryResult<Discarded> MemoryMap::discard(const PageSet& pages, DiscardMode mode) const {
+  constexpr const char* operation = "MemoryMap::discard";
+  const auto parts = parts_of(*this, pages, operation);
+  if (!parts) return std::unexpected(parts.error());
+  for (const RegionPart& part : *parts) {
+    if (part.region->kind() == RegionKind::rom) return refuse_part(MemoryErrc::read_only, part, operation);
+    if (part.region->backing() == Backing::unknown) return refuse_part(MemoryErrc::unavailable, part, operation);
+  }
   Discarded sum;
-  for (const RegionPart& part : parts) {
-    auto done = part.region->discard(part.pages);
+  for (const RegionPart& part : *parts) {
+    auto done = part.region->discard(part.pages, mode);
     if (!done) {
       done.error().completed = (sum.freed_pages + sum.cleared_pages) * page_size;
       return done;
     }
     sum.freed_pages += done->freed_pages;
     sum.cleared_pages += done->cleared_pages;
+    sum.kept_pages += done->kept_pages;
   }
   return sum;
+}
+
+MemoryResult<void> MemoryMap::advise(const PageSet& pages, PageUse use) const {
+  const auto parts = parts_of(*this, pages, "MemoryMap::advise");
+  if (!parts) return std::unexpected(parts.error());
+  for (const RegionPart& part : *parts)
+    if (auto done = part.region->advise(part.pages, use); !done) return done;
+  return {};
 }
 
 MemoryResult<void> MemoryMap::set_huge_pages(HugePages use) const {

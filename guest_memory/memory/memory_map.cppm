@@ -69,7 +69,11 @@ public:
 
   /// Region::discard of a range or set of pages, which may cross regions. not_backed, read_only or unavailable, with
   /// the page's address, when one is not RAM that can be discarded: nothing is discarded then.
-  [[nodiscard]] MemoryResult<Discarded> discard(const PageSet& pages) const;
+  [[nodiscard]] MemoryResult<Discarded> discard(const PageSet& pages,
+                                                DiscardMode mode = DiscardMode::free_or_clear) const;
+  /// Region::advise of pages, which may cross regions. not_backed, and nothing is said to the kernel, where one is in
+  /// no region; else fails as Region::advise does, where it first does.
+  [[nodiscard]] MemoryResult<void> advise(const PageSet& pages, PageUse use) const;
   /// Region::set_huge_pages of all regions of RAM that can have them. Fails as it does, where it first does.
   [[nodiscard]] MemoryResult<void> set_huge_pages(HugePages use) const;
 

@@ -120,6 +120,33 @@ std::uint64_t Region::file_offset() const { return mapping_->fd_offset; }
 
 std::optional<Region::FileId> Region::shared_file_id() const { return mapping_->shared_file; }
 
+static int advice_for(PageUse use) {
+  switch (use) {
+  case PageUse::cold:
+    return MADV_COLD;
+  case PageUse::page_out:
+    return MADV_PAGEOUT;
+  case PageUse::will_need:
+    return MADV_WILLNEED;
+  case PageUse::populate:
+    break;
+  }
+  return 23; // MADV_POPULATE_WRITE (include/uapi/asm-generic/mman-common.h), which the headers of older distributions
+             // lack
+}
+
+MemoryResult<void> Region::advise(PageRange range, PageUse use) const {
+  const auto refuse = [&](MemoryErrc code, int os_error) {
+    return refuse_region(code, range.start_address(), range.bytes(), "Region::advise", os_error);
+  };
+  if (range.empty()) return {};
+  if (range.first() < pages().first() || pages().end() < range.end()) return refuse(MemoryErrc::not_backed, 0);
+  auto* const host = static_cast<std::byte*>(host_address()) + (range.start_address().value() - start().value());
+  while (madvise(host, range.bytes(), advice_for(use)) != 0)
+    if (errno != EINTR) return refuse(errno == EINVAL ? MemoryErrc::unavailable : MemoryErrc::os, errno);
+  return {};
+}
+
 MemoryResult<void> Region::start_recording() const {
   static_assert(std::atomic<std::uint64_t>::is_always_lock_free);
   // Two would take each other's bits away.

@@ -13,10 +13,17 @@ import :region_use;
 
 namespace cppvmm {
 
-/// What became of discarded pages: all of them read zero. The two sum up to the pages asked for.
+/// What becomes of pages that are to be discarded, and whose memory cannot be given back.
+export enum class DiscardMode : std::uint8_t {
+  free_or_clear, ///< They are overwritten with zeros.
+  free_only,     ///< They stay as they are: a hint is not worth memory, or time in proportion to it.
+};
+
+/// What became of discarded pages: all but those that were kept read zero. The three sum up to the pages asked for.
 export struct Discarded {
   std::uint64_t freed_pages = 0;   ///< The host has no memory for them now, as far as this process can tell.
   std::uint64_t cleared_pages = 0; ///< Overwritten with zeros: the host keeps them, and they count as touched.
+  std::uint64_t kept_pages = 0;    ///< As they were (DiscardMode::free_only).
   friend bool operator==(const Discarded&, const Discarded&) = default;
 };
 
@@ -44,6 +51,14 @@ export struct AdoptedMemory {
   int fd = -1;
   std::uint64_t fd_offset = 0; ///< Where in the file the region starts; a multiple of 4 KiB.
   FileContent content = {};    ///< How much of a private file may be read.
+};
+
+/// What is said of pages that keep what they hold.
+export enum class PageUse : std::uint8_t {
+  cold,      ///< Not soon needed: the first that reclaim takes (MADV_COLD, Linux 5.4).
+  page_out,  ///< Taken at once, to swap or to their file (MADV_PAGEOUT, Linux 5.4). Takes time in proportion.
+  will_need, ///< Soon needed: what is swapped out is read, without waiting (MADV_WILLNEED). Nothing is allocated.
+  populate,  ///< All of them are allocated now, and so count as touched (MADV_POPULATE_WRITE, Linux 5.14).
 };
 
 struct FileData;
@@ -124,7 +139,8 @@ public:
   [[nodiscard]] MemoryResult<std::uint64_t> huge_page_bytes() const;
 
   /// Gives the host memory of the pages back; they read zero until someone writes them, and the next survey reports
-  /// them. For a balloon that inflates, and for a reset. By kind:
+  /// them. For a balloon that inflates, and for a reset. What cannot be given back is cleared, or kept, as `mode` says.
+  /// By kind:
   /// - anonymous: MADV_DONTNEED (MADV_DONTNEED_LOCKED where it is locked; before Linux 5.18 that is cleared);
   /// - memfd, shared_anonymous, shared_file, guest_memfd: a hole in the file, and so for all who share it. Locked
   ///   memory that a userfaultfd holds, or whose file cannot be opened for writing, is cleared, and so are files that
@@ -153,7 +169,11 @@ public:
   /// One or two system calls; where pages are cleared, time in proportion to them; and where shared memory is locked,
   /// as long as it takes to read /proc/self/smaps. No bookkeeping is behind it: an embedder may discard on its own (by
   /// madvise) with the same result.
-  [[nodiscard]] MemoryResult<Discarded> discard(PageRange pages) const;
+  [[nodiscard]] MemoryResult<Discarded> discard(PageRange pages, DiscardMode mode = DiscardMode::free_or_clear) const;
+
+  /// Tells the kernel what the pages will be used for; they keep what they hold. not_backed where a page is not in the
+  /// region; unavailable where the kernel does not take it: for hugetlb kinds, locked memory, an older kernel; os.
+  [[nodiscard]] MemoryResult<void> advise(PageRange pages, PageUse use) const;
 
   /// Has the host allocate all of the region now (MADV_POPULATE_WRITE, Linux 5.14), so that no access faults later.
   /// What it holds stays; of a private_file, all becomes a private copy. unavailable on older kernels; os with ENOMEM,

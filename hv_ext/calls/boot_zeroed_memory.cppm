@@ -47,10 +47,10 @@ export struct BootZeroedOptions {
   std::function<void(const BootZeroedAnswer&)> on_answer{};
 };
 
-/// HvExtCallGetBootZeroedMemory. There are two surveys at once at most, however many vCPUs call, and GuestMemory's limit
-/// holds beside: who calls meanwhile waits, until its SurveyOptions::stop or max_time, and shares the next one with all
-/// who wait. (A wait that was ended is an answer without ranges.) One that looks at content is not shared. `memory` must
-/// outlive the row and its copies.
+/// HvExtCallGetBootZeroedMemory. There are two surveys at once at most, however many vCPUs call, and GuestMemory's
+/// limit holds beside: who calls meanwhile waits, until its SurveyOptions::stop or max_time, and shares the next one
+/// with all who wait. (A wait that was ended is an answer without ranges.) One that looks at content is not shared.
+/// `memory` must outlive the row and its copies.
 export [[nodiscard]] HvCallRow boot_zeroed_memory_row(const GuestMemory& memory, BootZeroedOptions options);
 HvCallRow boot_zeroed_memory_row(const GuestMemory&& memory, BootZeroedOptions options) = delete;
 

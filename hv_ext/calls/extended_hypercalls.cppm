@@ -27,9 +27,9 @@ export struct HvOptions {
   /// beyond the call's own output page.
   SurveyOptions survey{};
   /// Called on the calling vCPU's thread, after the answer was written and before `handle` returns; for several vCPUs
-  /// at the same time. No more than two surveys are kept for answers, so that a third waits for it: it must neither call
-  /// `handle` nor wait for another vCPU. The answer is gone afterwards, for its survey may be large: what is to stay is
-  /// to be copied, and then bounded by whoever copies it, for a guest may ask again and again. Must not throw.
+  /// at the same time. No more than two surveys are kept for answers, so that a third waits for it: it must neither
+  /// call `handle` nor wait for another vCPU. The answer is gone afterwards, for its survey may be large: what is to
+  /// stay is to be copied, and then bounded by whoever copies it, for a guest may ask again and again. Must not throw.
   std::function<void(const BootZeroedAnswer&)> on_boot_zeroed{};
   /// Calls of the embedder's own, of any code that is not answered here. Which ever arrive depends on how hypercalls
   /// do: KVM hands over extended calls (0x8001 to 0x8041), HvCallPostMessage and HvCallSignalEvent, and answers all

@@ -287,6 +287,39 @@ TEST_P(LifecycleOf, PartsOfHugePagesAreDiscarded) {
   EXPECT_EQ(text(data_in(*region)), text(expected));
 }
 
+TEST_P(LifecycleOf, WhatCannotBeFreedIsKeptWhenThatIsAskedFor) {
+  store_all(*region, pages(first, count));
+  memory.mark_touched(pages(first + 600, 1), Toucher::device);
+  const PageRange discarded = pages(first + 100, 1300);
+  const auto done = memory.discard(discarded, DiscardMode::free_only);
+  ASSERT_TRUE(done) << done.error().message();
+  EXPECT_EQ(*done, is_hugetlb() ? (Discarded{.freed_pages = 512, .kept_pages = 788}) : Discarded{.freed_pages = 1300});
+  const PageRange freed = is_hugetlb() ? pages(first + 512, 512) : discarded;
+  // Marks stay where pages were kept.
+  expect_zeroed(is_hugetlb() ? without(freed, pages(first + 600, 1)) : PageSet(freed));
+  EXPECT_EQ(text(data_in(*region)), text(without(all(), freed)));
+}
+
+TEST_P(LifecycleOf, AdviceLeavesWhatPagesHold) {
+  const PageRange written = pages(first, 600);
+  store_all(*region, written);
+  PageSet data = snapshot_data();
+  data.add(written);
+  const PageSet untouched = without(all(), is_hugetlb() ? pages(first, 1024) : data);
+  expect_zeroed(untouched);
+  for (const PageUse use : {PageUse::cold, PageUse::page_out, PageUse::will_need}) {
+    const auto done = region->advise(pages(first, count), use);
+    if (!done) {
+      EXPECT_EQ(done.error().code, MemoryErrc::unavailable) << done.error().message();
+    }
+    expect_zeroed(untouched);
+  }
+  EXPECT_EQ(text(data_in(*region)), text(data));
+  EXPECT_EQ(region->advise(pages(first - 1, 2), PageUse::cold).error().code, MemoryErrc::not_backed);
+  const auto beyond = memory.snapshot()->advise(pages(first + count - 1, 2), PageUse::cold);
+  EXPECT_EQ(beyond.error().code, MemoryErrc::not_backed);
+}
+
 TEST_P(LifecycleOf, NoMemoryIsAllocatedToDiscardIt) {
   const auto before = region->resident_bytes();
   ASSERT_TRUE(before) << before.error().message();

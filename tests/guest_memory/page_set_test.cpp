@@ -78,7 +78,9 @@ TEST(PageSet, GivesTheLargestOfWhatIsLeftWithoutOthers) {
     std::ranges::sort(expected, {}, [](const PageRange& range) { return std::pair(~range.count(), range.first()); });
     for (const std::size_t count : {0U, 1U, 3U, 99U})
       EXPECT_EQ(set.largest(count, without),
-                std::vector(expected.begin(), expected.begin() + std::min<std::ptrdiff_t>(static_cast<std::ptrdiff_t>(count), std::ssize(expected))));
+                std::vector(expected.begin(),
+                            expected.begin() +
+                                std::min<std::ptrdiff_t>(static_cast<std::ptrdiff_t>(count), std::ssize(expected))));
   }
 }
 

@@ -212,13 +212,12 @@ TEST(SharedResults, AreNotCopiedAndAreInProgressUntilAllHaveUsedThem) {
   std::latch first_runs(1);
   std::latch first_ends(1);
   std::jthread first([&] {
-    EXPECT_TRUE(results.use(
-        alone, std::stop_token(), never, run, [&](Result& result, bool is_last) {
-          EXPECT_TRUE(is_last);
-          EXPECT_EQ(result->value, 1);
-          first_runs.count_down();
-          first_ends.wait();
-        }));
+    EXPECT_TRUE(results.use(alone, std::stop_token(), never, run, [&](Result& result, bool is_last) {
+      EXPECT_TRUE(is_last);
+      EXPECT_EQ(result->value, 1);
+      first_runs.count_down();
+      first_ends.wait();
+    }));
   });
   first_runs.wait();
   std::jthread pair[2];
@@ -250,10 +249,12 @@ TEST_F(SharedRuns, WhoeverThrowsWhenUsingAResultLeavesItToTheOthers) {
     for (int i = 0; i < 4; ++i)
       threads.emplace_back([&] {
         try {
-          EXPECT_TRUE(runs.use(1, std::stop_token(), never, [] { return Given{3}; }, [&](int& result, bool) {
-            EXPECT_EQ(result, 3);
-            if (++used == 2) throw std::runtime_error("one of them");
-          }));
+          EXPECT_TRUE(runs.use(
+              1, std::stop_token(), never, [] { return Given{3}; },
+              [&](int& result, bool) {
+                EXPECT_EQ(result, 3);
+                if (++used == 2) throw std::runtime_error("one of them");
+              }));
         } catch (const std::runtime_error&) {
         }
       });

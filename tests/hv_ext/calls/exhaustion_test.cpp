@@ -88,7 +88,7 @@ protected:
   int begun = 0;
   int answered = 0;
   bool is_let_go = false;
-  std::set<const Survey*> surveys; // of the first answers, which are not over
+  std::set<const Survey*> surveys;          // of the first answers, which are not over
   std::set<std::chrono::nanoseconds> costs; // which tell surveys apart: hardly two take the same
   std::size_t ranges_of_last = 0;
   std::uint64_t asked = 0;
