@@ -15,6 +15,7 @@ export import :cpuid;
 export import :error;
 export import :extended_hypercalls;
 export import :hyperv_interface;
+export import :memory_heat_hint;
 export import :overlay_page;
 export import :query_capabilities;
 export import :reference_time;

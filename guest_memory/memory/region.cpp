@@ -113,6 +113,7 @@ PageRange Region::pages() const { return mapping_->pages; }
 RegionUse Region::use() const { return mapping_->end.use(); }
 RegionKind Region::kind() const { return mapping_->kind; }
 Backing Region::backing() const { return mapping_->backing; }
+std::uint64_t Region::page_bytes() const { return std::max<std::uint64_t>(mapping_->huge_page, page_size); }
 bool Region::is_adopted() const { return mapping_->is_adopted; }
 void* Region::host_address() const { return mapping_->host; }
 int Region::file_descriptor() const { return mapping_->fd.number(); }

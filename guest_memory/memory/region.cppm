@@ -113,6 +113,9 @@ public:
   [[nodiscard]] std::uint64_t bytes() const { return pages().bytes(); }
   [[nodiscard]] RegionKind kind() const;
   [[nodiscard]] Backing backing() const;
+  /// What the host gives and takes back at once, in bytes: a huge page of hugetlb kinds, else 4 KiB. From the region's
+  /// start on.
+  [[nodiscard]] std::uint64_t page_bytes() const;
   /// Whether the mapping is the embedder's own.
   [[nodiscard]] bool is_adopted() const;
   /// Where the region starts in this process. For KVM memory slots and the like; guest and other processes may write

@@ -104,6 +104,7 @@ HvCallRow boot_zeroed_memory_row(const GuestMemory& memory, BootZeroedOptions op
   return {
       .code = static_cast<std::uint16_t>(HvCallCode::ext_get_boot_zeroed_memory),
       .output_bytes = hv_boot_zeroed_output_bytes,
+      .is_costly = true,
       .capability = static_cast<std::uint64_t>(HvExtCapability::get_boot_zeroed_memory),
       .handler = [state](const HvCheckedCall& call) -> HvCallAnswer { return {.status = state->answer(call.output)}; }};
 }

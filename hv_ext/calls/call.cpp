@@ -19,6 +19,15 @@ HvCall hv_call(const HvCallRegisters& registers, bool long_mode, unsigned cpl) {
           .cpl = cpl};
 }
 
+void set_hv_control(HvCallRegisters& registers, bool long_mode, std::uint64_t control) {
+  if (long_mode) {
+    registers.rcx = control;
+  } else {
+    registers.rax = control & low_half;
+    registers.rdx = control >> 32;
+  }
+}
+
 void set_hv_result(HvCallRegisters& registers, bool long_mode, std::uint64_t result) {
   registers.rax = long_mode ? result : result & low_half;
   if (!long_mode) registers.rdx = result >> 32;

@@ -65,7 +65,7 @@ std::expected<HvCheckedCall, HvStatus> check_call(const HvCall& call, const HvCa
     return std::unexpected(HvStatus::invalid_parameter);
   const auto copy = std::span(input).first(static_cast<std::size_t>(input_bytes));
   if (!copy.empty() && !memory.read(call.input, copy)) return std::unexpected(HvStatus::invalid_parameter);
-  return HvCheckedCall{.control = control, .input = copy, .output = call.output};
+  return HvCheckedCall{.control = control, .input = copy, .output = call.output, .vp_index = call.vp_index};
 }
 
 } // namespace cppvmm

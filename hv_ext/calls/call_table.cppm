@@ -1,5 +1,6 @@
 module;
 #include <array>
+#include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <expected>
@@ -26,6 +27,9 @@ export struct HvCheckedCall {
   std::span<const std::byte> input;
   /// Where the guest may be written: HvCallRow::output_bytes, and output_bytes_per_rep for each element.
   GuestAddress output;
+  std::uint32_t vp_index = 0; ///< HvCall::vp_index.
+  /// When a rep call had better end with HvCallAnswer::goes_on: the guest gets its interrupts then.
+  std::chrono::steady_clock::time_point until = std::chrono::steady_clock::time_point::max();
 };
 
 /// What a handler made of a call.
@@ -34,6 +38,9 @@ export struct HvCallAnswer {
   /// Of a rep call that fails: elements that are done, those before its rep start index included. Success says that all
   /// are, whatever stands here: a caller that is told of success and too few calls again for ever.
   std::uint16_t reps_completed = 0;
+  /// Of a rep call that is not done: the guest is to make it again, from `reps_completed` on. `status` is ignored. What
+  /// was done of that element is the handler's to remember, for HvCheckedCall::vp_index; some progress has to be made.
+  bool goes_on = false;
 };
 
 /// Answers a call, on the calling vCPU's thread, for several vCPUs at the same time. Throws nothing but
@@ -48,6 +55,7 @@ export struct HvCallRow {
   std::uint16_t input_bytes_per_rep = 0;  ///< An element of the list; of rep calls alone.
   std::uint16_t output_bytes = 0;         ///< 0: the output address is ignored.
   std::uint16_t output_bytes_per_rep = 0; ///< Of rep calls alone.
+  bool is_costly = false;                 ///< HvOptions::rate_limit holds for it.
   std::uint64_t capability = 0;           ///< The bits of HvExtCallQueryCapabilities' answer that offer it.
   HvCallHandler handler{};
 };

@@ -1,7 +1,9 @@
 module;
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <chrono>
+#include <cstddef>
 #include <cstdint>
 #include <expected>
 #include <functional>
@@ -9,6 +11,7 @@ module;
 #include <mutex>
 #include <new>
 #include <optional>
+#include <shared_mutex>
 #include <utility>
 #include <vector>
 module cppvmm.hv_calls:extended_hypercalls.impl;
@@ -17,17 +20,22 @@ import :call;
 import :call_table;
 import :error;
 import :extended_hypercalls;
+import :memory_heat_hint;
 import :query_capabilities;
+import :rate_limit;
 import :tlfs;
 import :trace;
 import cppvmm.guest_memory;
 
 namespace cppvmm {
 
+using Clock = std::chrono::steady_clock;
+
 namespace {
 
 constexpr auto query_code = static_cast<std::uint16_t>(HvCallCode::ext_query_capabilities);
 constexpr auto boot_zeroed_code = static_cast<std::uint16_t>(HvCallCode::ext_get_boot_zeroed_memory);
+constexpr auto heat_code = static_cast<std::uint16_t>(HvCallCode::ext_memory_heat_hint);
 
 /// Pages that read zero now, or could, and are not the guest's to take for free.
 class PagesInUse {
@@ -44,13 +52,13 @@ public:
     const std::lock_guard lock(mutex_);
     return hypercall_page_ == page || reference_tsc_page_ == page;
   }
-  void add_output(PageNumber page) {
+  void add_parameter(PageNumber page) {
     const std::lock_guard lock(mutex_);
-    outputs_.push_back(page);
+    parameters_.push_back(page);
   }
-  void remove_output(PageNumber page) {
+  void remove_parameter(PageNumber page) {
     const std::lock_guard lock(mutex_);
-    outputs_.erase(std::ranges::find(outputs_, page));
+    parameters_.erase(std::ranges::find(parameters_, page));
   }
   [[nodiscard]] PageSet pages() const {
     PageSet pages;
@@ -58,7 +66,7 @@ public:
     const auto add = [&](PageNumber page) {
       if (const auto range = PageRange::make(page, 1)) pages.add(*range);
     };
-    for (const PageNumber page : outputs_)
+    for (const PageNumber page : parameters_)
       add(page);
     if (hypercall_page_) add(*hypercall_page_);
     if (reference_tsc_page_) add(*reference_tsc_page_);
@@ -67,19 +75,74 @@ public:
 
 private:
   mutable std::mutex mutex_;
-  std::vector<PageNumber> outputs_; // that calls in progress will write to
+  std::vector<PageNumber> parameters_; // of calls in progress
   std::optional<PageNumber> hypercall_page_;
   std::optional<PageNumber> reference_tsc_page_;
 };
 
-/// Keeps a call's output page known to all surveys while the call is in progress: it reads zero until the answer is
-/// written, so that evidence cannot tell.
-class OutputPage {
+/// Pages of a device, which may write them without the kernel's knowing.
+class PinnedPages {
 public:
-  OutputPage(PagesInUse& pages, PageNumber page) : pages_(pages), page_(page) { pages_.add_output(page_); }
-  ~OutputPage() { pages_.remove_output(page_); }
-  OutputPage(const OutputPage&) = delete;
-  OutputPage& operator=(const OutputPage&) = delete;
+  explicit PinnedPages(PageSet pages) : pages_(std::move(pages)) {}
+  void set(PageSet pages) {
+    // What there was is freed without the lock.
+    const std::lock_guard lock(mutex_);
+    std::swap(pages_, pages);
+  }
+  /// They stay so until `use` returns.
+  template <class Use>
+  void with(Use use) {
+    const std::shared_lock lock(mutex_);
+    use(std::as_const(pages_));
+  }
+
+private:
+  std::shared_mutex mutex_;
+  PageSet pages_;
+};
+
+/// The sum of what was done, by many threads.
+class HeatSum {
+public:
+  void add(const HeatHinted& hinted) {
+    const HeatDone& done = hinted.done;
+    add(named_[static_cast<std::size_t>(hinted.heat)],
+        done.freed_pages + done.cleared_pages + done.advised_pages + done.kept_pages);
+    add(freed_, done.freed_pages);
+    add(cleared_, done.cleared_pages);
+    add(advised_, done.advised_pages);
+    add(kept_, done.kept_pages);
+  }
+  [[nodiscard]] HeatCounts sum() const {
+    const auto named = [&](HvMemoryHeat heat) { return get(named_[static_cast<std::size_t>(heat)]); };
+    return {.cold_pages = named(HvMemoryHeat::cold),
+            .hot_pages = named(HvMemoryHeat::hot),
+            .discard_pages = named(HvMemoryHeat::cold_discard),
+            .done = {.freed_pages = get(freed_),
+                     .cleared_pages = get(cleared_),
+                     .advised_pages = get(advised_),
+                     .kept_pages = get(kept_)}};
+  }
+
+private:
+  using Pages = std::atomic<std::uint64_t>;
+  static void add(Pages& sum, std::uint64_t pages) { sum.fetch_add(pages, std::memory_order_relaxed); }
+  static std::uint64_t get(const Pages& sum) { return sum.load(std::memory_order_relaxed); }
+  std::array<Pages, 3> named_{};
+  Pages freed_ = 0;
+  Pages cleared_ = 0;
+  Pages advised_ = 0;
+  Pages kept_ = 0;
+};
+
+/// Keeps a page of a call's parameters known while the call is in progress. That of the output reads zero until the
+/// answer is written, so that evidence cannot tell a survey.
+class PageInUse {
+public:
+  PageInUse(PagesInUse& pages, PageNumber page) : pages_(pages), page_(page) { pages_.add_parameter(page_); }
+  ~PageInUse() { pages_.remove_parameter(page_); }
+  PageInUse(const PageInUse&) = delete;
+  PageInUse& operator=(const PageInUse&) = delete;
 
 private:
   PagesInUse& pages_;
@@ -93,6 +156,9 @@ struct ExtendedHypercalls::State {
   HvOptions options;
   HvCallTable table;
   PagesInUse in_use;
+  PinnedPages pinned;
+  HeatSum heat;
+  std::optional<TimeBudget> budget;
   mutable std::mutex changing; // guards the three below
   SurveyOptions survey;
   bool offers_boot_zeroed;
@@ -100,11 +166,13 @@ struct ExtendedHypercalls::State {
   bool is_row_theirs = false; // the embedder's row of HvExtCallGetBootZeroedMemory, in ours' place
   std::atomic<std::uint64_t> query_capabilities = 0;
   std::atomic<std::uint64_t> get_boot_zeroed_memory = 0;
+  std::atomic<std::uint64_t> memory_heat_hint = 0;
   std::atomic<std::uint64_t> other = 0;
 
   State(const GuestMemory& guest_memory, HvOptions chosen)
-      : memory(guest_memory), options(std::move(chosen)), survey(options.survey),
+      : memory(guest_memory), options(std::move(chosen)), pinned(options.memory_heat.pinned), survey(options.survey),
         offers_boot_zeroed(options.boot_zeroed_memory) {
+    if (options.rate_limit) budget.emplace(options.rate_limit->time, options.rate_limit->period);
     if (offers_boot_zeroed ||
         std::ranges::find(options.calls, boot_zeroed_code, &HvCallRow::code) == options.calls.end())
       return;
@@ -112,6 +180,9 @@ struct ExtendedHypercalls::State {
   }
 
   [[nodiscard]] HvResult<HvCallTable> make_table();
+  [[nodiscard]] HvCallRow make_heat_row();
+  /// Calls `discard` with what a cold discard leaves alone.
+  void with_kept(const std::function<void(const PageSet&)>& discard);
   /// HvOptions::on_boot_zeroed, and the trace before it.
   [[nodiscard]] std::function<void(const BootZeroedAnswer&)> traced();
   [[nodiscard]] SurveyOptions chosen_survey() const;
@@ -120,8 +191,12 @@ struct ExtendedHypercalls::State {
   /// Notes an extended call; whether it is offered, if there is such a call.
   [[nodiscard]] bool note(std::uint16_t code);
   /// Of an extended call, or another one of the table.
-  [[nodiscard]] std::uint64_t answer(const HvCall& call, const HvCallRow* row);
-  [[nodiscard]] HypercallResult handle(const HvCall& call);
+  [[nodiscard]] HvCallStep answer(const HvCall& call, const HvCallRow* row, Clock::time_point until);
+  /// Of one that fits its row.
+  [[nodiscard]] HvCallStep answer(const HvCheckedCall& call, const HvCallRow& row);
+  [[nodiscard]] HvCallProgress handle(const HvCall& call, Clock::time_point until);
+  /// The same, and tells the trace.
+  [[nodiscard]] HvCallProgress trace_and_handle(const HvCall& call, Clock::time_point until);
 };
 
 HvResult<HvCallTable> ExtendedHypercalls::State::make_table() {
@@ -129,8 +204,33 @@ HvResult<HvCallTable> ExtendedHypercalls::State::make_table() {
   if (!is_row_theirs)
     rows.push_back(boot_zeroed_memory_row(memory, {.survey = [this] { return chosen_survey(); },
                                                    .on_answer = options.trace ? traced() : options.on_boot_zeroed}));
+  if (options.memory_heat.policy) rows.push_back(make_heat_row());
   rows.push_back(query_capabilities_row(memory, [this] { return capabilities(); }));
   return HvCallTable::make(std::move(rows));
+}
+
+HvCallRow ExtendedHypercalls::State::make_heat_row() {
+  const HvHeatOptions& chosen = options.memory_heat;
+  return memory_heat_hint_row(memory, {.policy = chosen.policy,
+                                       .offers_cold_discard = chosen.offers_cold_discard,
+                                       .with_kept = [this](const auto& discard) { with_kept(discard); },
+                                       .on_hint =
+                                           [this, told = chosen.on_hint](const HeatHinted& hinted) {
+                                             heat.add(hinted);
+                                             if (told) told(hinted);
+                                           }});
+}
+
+void ExtendedHypercalls::State::with_kept(const std::function<void(const PageSet&)>& discard) {
+  PageSet kept = in_use.pages();
+  {
+    const std::lock_guard lock(changing);
+    kept.add(survey.leave_out);
+  }
+  pinned.with([&](const PageSet& pages) {
+    kept.add(pages);
+    discard(kept);
+  });
 }
 
 std::function<void(const BootZeroedAnswer&)> ExtendedHypercalls::State::traced() {
@@ -176,9 +276,15 @@ ExtendedHypercalls::ExtendedHypercalls(ExtendedHypercalls&&) noexcept = default;
 ExtendedHypercalls& ExtendedHypercalls::operator=(ExtendedHypercalls&&) noexcept = default;
 
 HvResult<ExtendedHypercalls> ExtendedHypercalls::create(const GuestMemory& memory, HvOptions options) {
+  const auto refuse = [](const char* mistake) {
+    return std::unexpected(HvError{.code = HvErrc::invalid_options, .operation = mistake});
+  };
   if (options.boot_zeroed_memory && !options.extended_hypercalls)
-    return std::unexpected(
-        HvError{.code = HvErrc::invalid_options, .operation = "boot_zeroed_memory without extended_hypercalls"});
+    return refuse("boot_zeroed_memory without extended_hypercalls");
+  if (options.memory_heat.policy && !options.extended_hypercalls)
+    return refuse("memory_heat without extended_hypercalls");
+  if (options.rate_limit && options.rate_limit->period <= std::chrono::nanoseconds::zero())
+    return refuse("a rate limit without a period");
   auto state = std::make_unique<State>(memory, std::move(options));
   auto table = state->make_table();
   if (!table) return std::unexpected(table.error());
@@ -191,6 +297,8 @@ void ExtendedHypercalls::set_survey(SurveyOptions survey) {
   const std::lock_guard lock(state_->changing);
   std::swap(state_->survey, survey);
 }
+
+void ExtendedHypercalls::set_pinned(PageSet pages) { state_->pinned.set(std::move(pages)); }
 
 HvResult<void> ExtendedHypercalls::offer_boot_zeroed_memory(bool is_offered) {
   const auto refused = [](HvErrc code) {
@@ -225,39 +333,64 @@ void ExtendedHypercalls::set_reference_tsc_page(std::optional<PageNumber> page) 
 HypercallCounts ExtendedHypercalls::counts() const {
   return {.query_capabilities = state_->query_capabilities.load(std::memory_order_relaxed),
           .get_boot_zeroed_memory = state_->get_boot_zeroed_memory.load(std::memory_order_relaxed),
+          .memory_heat_hint = state_->memory_heat_hint.load(std::memory_order_relaxed),
           .other = state_->other.load(std::memory_order_relaxed)};
 }
+
+HeatCounts ExtendedHypercalls::heat_counts() const { return state_->heat.sum(); }
 
 void ExtendedHypercalls::State::count(std::uint16_t code) {
   (code == query_code         ? query_capabilities
    : code == boot_zeroed_code ? get_boot_zeroed_memory
+   : code == heat_code        ? memory_heat_hint
                               : other)
       .fetch_add(1, std::memory_order_relaxed);
 }
 
-std::uint64_t ExtendedHypercalls::State::answer(const HvCall& call, const HvCallRow* row) {
-  const HvControl control{call.control};
-  if (control.has_reserved_bits() || control.is_nested()) return hv_result(HvStatus::invalid_hypercall_input);
-  if (control.is_fast()) return hv_result(HvStatus::invalid_parameter);
-  if (row == nullptr) return hv_result(HvStatus::invalid_hypercall_code);
-  HvCallInput input;
-  const auto checked = check_call(call, *row, memory, input);
-  if (!checked) return hv_result(checked.error());
-  const bool has_output = row->output_bytes != 0 || row->output_bytes_per_rep != 0;
-  if (has_output && in_use.is_overlay(call.output.page())) return hv_result(HvStatus::invalid_parameter);
-  try {
-    std::optional<OutputPage> kept;
-    if (has_output) kept.emplace(in_use, call.output.page());
-    const HvCallAnswer answer = row->handler(*checked);
-    if (row->kind == HvCallKind::simple) return hv_result(answer.status);
-    return hv_result(answer.status, answer.status == HvStatus::success ? control.rep_count() : answer.reps_completed);
-  } catch (const std::bad_alloc&) {
-    // How much an answer needs depends on how the guest scattered its writes.
-    return hv_result(HvStatus::insufficient_memory);
-  }
+static HvCallStep done(HvStatus status, std::uint16_t reps_completed = 0) {
+  return {.value = hv_result(status, reps_completed)};
 }
 
-HypercallResult ExtendedHypercalls::State::handle(const HvCall& call) {
+HvCallStep ExtendedHypercalls::State::answer(const HvCheckedCall& call, const HvCallRow& row) {
+  const HvCallAnswer answer = row.handler(call);
+  if (row.kind == HvCallKind::simple) return done(answer.status);
+  const std::uint16_t reps = call.control.rep_count();
+  const bool is_whole = answer.goes_on ? answer.reps_completed >= reps : answer.status == HvStatus::success;
+  if (is_whole) return done(HvStatus::success, reps);
+  if (!answer.goes_on) return done(answer.status, answer.reps_completed);
+  return {.is_done = false, .value = call.control.with_rep_start(answer.reps_completed).value};
+}
+
+HvCallStep ExtendedHypercalls::State::answer(const HvCall& call, const HvCallRow* row, Clock::time_point until) {
+  const HvControl control{call.control};
+  if (control.has_reserved_bits() || control.is_nested()) return done(HvStatus::invalid_hypercall_input);
+  if (control.is_fast()) return done(HvStatus::invalid_parameter);
+  if (row == nullptr) return done(HvStatus::invalid_hypercall_code);
+  HvCallInput input;
+  auto checked = check_call(call, *row, memory, input);
+  if (!checked) return done(checked.error());
+  checked->until = until;
+  const std::uint16_t reps_before = row->kind == HvCallKind::rep ? control.rep_start() : std::uint16_t{0};
+  const bool has_output = row->output_bytes != 0 || row->output_bytes_per_rep != 0;
+  if (has_output && in_use.is_overlay(call.output.page())) return done(HvStatus::invalid_parameter, reps_before);
+  const Clock::time_point begin = Clock::now();
+  const bool is_limited = budget && row->is_costly;
+  if (is_limited && budget->is_used_up(begin)) return done(HvStatus::operation_denied, reps_before);
+  HvCallStep step = done(HvStatus::insufficient_memory, reps_before);
+  try {
+    std::optional<PageInUse> output;
+    std::optional<PageInUse> list;
+    if (has_output) output.emplace(in_use, call.output.page());
+    if (!checked->input.empty()) list.emplace(in_use, call.input.page());
+    step = answer(*checked, *row);
+  } catch (const std::bad_alloc&) {
+    // How much an answer needs depends on how the guest scattered its writes.
+  }
+  if (is_limited) budget->take(Clock::now() - begin);
+  return step;
+}
+
+HvCallProgress ExtendedHypercalls::State::handle(const HvCall& call, Clock::time_point until) {
   if (call.cpl != 0) return std::unexpected(HvNoResult::undefined_opcode);
   const std::uint16_t code = HvControl{call.control}.call_code();
   count(code);
@@ -266,22 +399,38 @@ HypercallResult ExtendedHypercalls::State::handle(const HvCall& call) {
   // The parameters of a fast call are in registers, which a row knows nothing of.
   if (!is_extended && (row == nullptr || HvControl{call.control}.is_fast()))
     return std::unexpected(HvNoResult::not_ours);
-  if (is_extended && !options.extended_hypercalls) return hv_result(HvStatus::access_denied);
+  if (is_extended && !options.extended_hypercalls) return done(HvStatus::access_denied);
   if (is_extended && !note(code)) row = nullptr;
-  return answer(call, row);
+  return answer(call, row, until);
+}
+
+HvCallProgress ExtendedHypercalls::State::trace_and_handle(const HvCall& call, Clock::time_point until) {
+  if (!options.trace) return handle(call, until);
+  const Clock::time_point begin = Clock::now();
+  const HvCallProgress progress = handle(call, until);
+  HvCallEnded ended{.call = call, .took = Clock::now() - begin};
+  if (!progress)
+    ended.no_result = progress.error();
+  else if (progress->is_done)
+    ended.result = progress->value;
+  else
+    ended.goes_on = progress->value;
+  options.trace(ended);
+  return progress;
 }
 
 HypercallResult ExtendedHypercalls::handle(const HvCall& call) {
-  if (!state_->options.trace) return state_->handle(call);
-  const auto begin = std::chrono::steady_clock::now();
-  const HypercallResult result = state_->handle(call);
-  HvCallEnded ended{.call = call, .took = std::chrono::steady_clock::now() - begin};
-  if (result)
-    ended.result = *result;
-  else
-    ended.no_result = result.error();
-  state_->options.trace(ended);
-  return result;
+  HvCall next = call;
+  for (;;) {
+    const HvCallProgress progress = state_->trace_and_handle(next, Clock::time_point::max());
+    if (!progress) return std::unexpected(progress.error());
+    if (progress->is_done) return progress->value;
+    next.control = progress->value;
+  }
+}
+
+HvCallProgress ExtendedHypercalls::handle_some(const HvCall& call) {
+  return state_->trace_and_handle(call, Clock::now() + state_->options.call_time);
 }
 
 } // namespace cppvmm

@@ -1,4 +1,5 @@
 module;
+#include <chrono>
 #include <cstdint>
 #include <functional>
 #include <memory>
@@ -9,11 +10,33 @@ import :boot_zeroed_memory;
 import :call;
 import :call_table;
 import :error;
+import :memory_heat_hint;
 import :tlfs;
 import :trace;
 import cppvmm.guest_memory;
 
 namespace cppvmm {
+
+/// How HvExtCallMemoryHeatHint is answered by ExtendedHypercalls.
+export struct HvHeatOptions {
+  /// standard_heat_policy, or the embedder's own. Null: the call is not offered. Off by default: of memory that is
+  /// pinned for devices (VFIO), which would go on writing into what the guest no longer has, the embedder has to say
+  /// so.
+  HeatPolicy policy{};
+  bool offers_cold_discard = true; ///< HeatOptions::offers_cold_discard.
+  /// Pages that a cold discard leaves alone, until ExtendedHypercalls::set_pinned. It leaves alone, too, what answers
+  /// leave out: SurveyOptions::leave_out, the hypercall page, the reference TSC page, outputs of calls in progress; and
+  /// its own input. Of the rest, a guest that gives away what it uses harms itself.
+  PageSet pinned{};
+  std::function<void(const HeatHinted&)> on_hint{}; ///< HeatOptions::on_hint.
+};
+
+/// What calls that cost something may take of the host's time, from all vCPUs together: `time` in each `period`, which
+/// may be saved up for one period.
+export struct HvRateLimit {
+  std::chrono::nanoseconds time{};
+  std::chrono::nanoseconds period{};
+};
 
 /// What the guest is offered. Two of these are what it begins with, and may change while it runs: boot_zeroed_memory
 /// (ExtendedHypercalls::offer_boot_zeroed_memory) and survey (ExtendedHypercalls::set_survey).
@@ -23,6 +46,15 @@ export struct HvOptions {
   /// HvExtCallGetBootZeroedMemory and its capability bit. Needs extended_hypercalls. Without it, `calls` may have a row
   /// of that code.
   bool boot_zeroed_memory = true;
+  /// HvExtCallMemoryHeatHint and its capability bits. Needs extended_hypercalls. Without a policy, `calls` may have a
+  /// row of that code.
+  HvHeatOptions memory_heat{};
+  /// How long a rep call may keep the guest from its interrupts. TLFS aims at 50 us; each time costs an exit more.
+  std::chrono::nanoseconds call_time = std::chrono::microseconds(200);
+  /// Of HvExtCallGetBootZeroedMemory, HvExtCallMemoryHeatHint, and rows that are HvCallRow::is_costly. A call that
+  /// begins when the time is used up gets operation_denied; one that has begun ends, or goes on, as if there were no
+  /// limit.
+  std::optional<HvRateLimit> rate_limit{};
   /// How memory is surveyed until ExtendedHypercalls::set_survey; leave_out names pages that must not be reported,
   /// beyond the call's own output page.
   SurveyOptions survey{};
@@ -46,7 +78,8 @@ export struct HvOptions {
 export struct HypercallCounts {
   std::uint64_t query_capabilities = 0;
   std::uint64_t get_boot_zeroed_memory = 0;
-  std::uint64_t other = 0; ///< Those that were handed back included.
+  std::uint64_t memory_heat_hint = 0; ///< Again each time that one goes on.
+  std::uint64_t other = 0;            ///< Those that were handed back included.
 };
 
 /// Answers Hyper-V's extended hypercalls, and the embedder's own. Needs nothing of KVM: any VMM can call `handle` from
@@ -54,8 +87,8 @@ export struct HypercallCounts {
 /// assigned to or destroyed.
 export class ExtendedHypercalls {
 public:
-  /// `memory` must outlive this object. invalid_options when boot_zeroed_memory is on without extended_hypercalls, and
-  /// as HvCallTable::make.
+  /// `memory` must outlive this object. invalid_options when boot_zeroed_memory or memory_heat is on without
+  /// extended_hypercalls, for a rate limit without a period, and as HvCallTable::make.
   [[nodiscard]] static HvResult<ExtendedHypercalls> create(const GuestMemory& memory, HvOptions options = {});
   static HvResult<ExtendedHypercalls> create(const GuestMemory&& memory, HvOptions options = {}) = delete;
   ~ExtendedHypercalls();
@@ -74,9 +107,13 @@ public:
   /// - an extended call that is not offered: invalid_hypercall_code;
   /// - control word and addresses that do not fit the call's row: as check_call says;
   /// - output to the hypercall page, or the reference TSC page: invalid_parameter;
+  /// - a costly call beyond the rate limit: operation_denied;
   /// - no memory left for the answer: insufficient_memory.
   /// Unless the status is success, nothing is written by the calls answered here.
   [[nodiscard]] HypercallResult handle(const HvCall& call);
+  /// The same, for no longer than HvOptions::call_time or so: a rep call may have to go on. For VMMs that can leave RIP
+  /// on the call (set_hv_control); `handle` keeps the guest from its interrupts until all of the list is done.
+  [[nodiscard]] HvCallProgress handle_some(const HvCall& call);
 
   /// Where the hypercall page is now, if anywhere: calls that begin later write no output to it, for the guest may only
   /// run it (TLFS "Establishing the Hypercall Interface"), and answers leave it out. (It holds code, which the survey
@@ -89,6 +126,9 @@ public:
   /// An answer that is on its way may be made by what was set before; and what an answer has named, the guest may have
   /// taken: left out from now on, it is none the less not the VMM's to write.
   void set_survey(SurveyOptions survey);
+  /// The pages that a cold discard leaves alone from now on, beside those in use: when this returns, no discard of them
+  /// is in progress, so that a device may be given them. At any time. Waits for parts of discards that are in progress.
+  void set_pinned(PageSet pages);
   /// Offers HvExtCallGetBootZeroedMemory to the guest, or no more. too_late once the guest has called it or
   /// HvExtCallQueryCapabilities, since it began or `reset`: it asks once, and goes by that. invalid_options without
   /// HvOptions::extended_hypercalls, and where a row of the embedder's answers it. Nothing has changed then. Whether a
@@ -106,6 +146,7 @@ public:
   [[nodiscard]] const HvCallTable& table() const;
   [[nodiscard]] const GuestMemory& memory() const;
   [[nodiscard]] HypercallCounts counts() const;
+  [[nodiscard]] HeatCounts heat_counts() const;
 
 private:
   struct State;

@@ -2,7 +2,10 @@ module;
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <expected>
+#include <optional>
 export module cppvmm.hv_calls:tlfs;
+import cppvmm.guest_memory;
 
 // Names and numbers of the Hyper-V Top-Level Functional Specification (TLFS); each block names its page.
 
@@ -58,6 +61,10 @@ export struct HvControl {
   [[nodiscard]] constexpr std::uint16_t rep_start() const { return static_cast<std::uint16_t>(value >> 48 & 0xFFF); }
   /// Whether a bit of 30:27, 47:44 or 63:60 is set.
   [[nodiscard]] constexpr bool has_reserved_bits() const { return (value & reserved_mask) != 0; }
+  /// The same call from that element of its list on; below 4096.
+  [[nodiscard]] constexpr HvControl with_rep_start(std::uint16_t start) const {
+    return {(value & ~(std::uint64_t{0xFFF} << 48)) | std::uint64_t{start} << 48};
+  }
 
   static constexpr std::uint64_t reserved_mask = 0xF000'F000'7800'0000;
 };
@@ -75,6 +82,42 @@ export inline constexpr std::uint64_t hv_parameter_alignment = 8;
 /// (TLFS "HvExtCallGetBootZeroedMemory").
 export inline constexpr std::size_t hv_boot_zeroed_max_ranges = 255;
 export inline constexpr std::size_t hv_boot_zeroed_output_bytes = 0xFF8;
+/// HvExtCallMemoryHeatHint's input: a u64 with the heat in bits 1:0 and nothing else, then as many HvGpaPageRange as
+/// the rep count says (Linux include/hyperv/hvgdk_ext.h, struct hv_memory_hint).
+export inline constexpr std::size_t hv_memory_heat_hint_input_bytes = 8;
+export inline constexpr std::size_t hv_memory_heat_hint_max_ranges = 511;
+
+/// What the guest says of its pages (HV_EXTMEM_HEAT_HINT_*).
+export enum class HvMemoryHeat : std::uint8_t {
+  cold = 0,         ///< It will not need them soon.
+  hot = 1,          ///< It will.
+  cold_discard = 2, ///< Nor does it need what they hold.
+};
+
+/// A range of pages in a list (Linux include/hyperv/hvgdk_mini.h, union hv_gpa_page_range): in bits 10:0 how many pages
+/// follow the first, in bit 11 whether they are large. Small ones: the first page's number in bits 63:12. Large ones:
+/// bit 12 says that they are of 1 GiB and not of 2 MiB, bits 20:13 are 0, and bits 63:21 are those of the first one's
+/// address.
+export struct HvGpaPageRange {
+  std::uint64_t value = 0;
+
+  [[nodiscard]] constexpr std::uint64_t count() const { return (value & 0x7FF) + 1; }
+  [[nodiscard]] constexpr bool is_large() const { return (value >> 11 & 1) != 0; }
+  [[nodiscard]] constexpr std::uint64_t page_bytes() const {
+    constexpr std::uint64_t large[] = {std::uint64_t{2} << 20, std::uint64_t{1} << 30};
+    return is_large() ? large[value >> 12 & 1] : page_size;
+  }
+  /// Its 4 KiB pages; nothing where a reserved bit is set, a large page is misaligned, or it leaves the guest-physical
+  /// space.
+  [[nodiscard]] constexpr std::optional<PageRange> pages() const {
+    const std::uint64_t reserved = is_large() ? 0xFF << 13 : 0;
+    const GuestAddress first(value & ~(is_large() ? std::uint64_t{0x1F'FFFF} : std::uint64_t{0xFFF}));
+    if ((value & reserved) != 0 || !first.is_aligned(page_bytes())) return std::nullopt;
+    const auto pages = PageRange::make(first.page(), count() * (page_bytes() / page_size));
+    return pages ? std::optional(*pages) : std::nullopt;
+  }
+};
+
 /// HvExtCallQueryCapabilities' output: one u64.
 export inline constexpr std::size_t hv_query_capabilities_output_bytes = 8;
 

@@ -50,12 +50,14 @@ export struct HvRangesAnswered {
   std::size_t zeroed_ranges = 0;
 };
 
-/// A hypercall came to an end here.
+/// A hypercall came to an end here, or goes on.
 export struct HvCallEnded {
   HvCall call;
   std::optional<std::uint64_t> result{}; ///< The hypercall result value (TLFS "Hypercall Outputs").
   std::optional<HvNoResult> no_result{}; ///< Why there is none.
-  std::chrono::nanoseconds took{};       ///< HvOptions::on_boot_zeroed included.
+  /// The control word that the guest is to make it again with: it has not come to an end.
+  std::optional<std::uint64_t> goes_on{};
+  std::chrono::nanoseconds took{}; ///< HvOptions::on_boot_zeroed included.
 };
 
 export using HvTraceEvent = std::variant<HvCpuidGiven, HvMsrTouched, HvRangesAnswered, HvCallEnded>;

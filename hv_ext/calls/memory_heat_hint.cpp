@@ -1,0 +1,252 @@
+module;
+#include <algorithm>
+#include <cerrno>
+#include <chrono>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <expected>
+#include <functional>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <span>
+#include <utility>
+module cppvmm.hv_calls:memory_heat_hint.impl;
+import :call_table;
+import :memory_heat_hint;
+import :tlfs;
+import cppvmm.guest_memory;
+
+namespace cppvmm {
+
+using Clock = std::chrono::steady_clock;
+
+HeatPolicy standard_heat_policy(GuestMemory& memory, HeatAdvice advice) {
+  return [&memory, advice](HvMemoryHeat heat, const PageSet& pages) -> MemoryResult<HeatDone> {
+    if (heat == HvMemoryHeat::cold_discard) {
+      const auto done = memory.discard(pages, DiscardMode::free_only);
+      if (!done) return std::unexpected(done.error());
+      return HeatDone{
+          .freed_pages = done->freed_pages, .cleared_pages = done->cleared_pages, .kept_pages = done->kept_pages};
+    }
+    const auto done = memory.snapshot()->advise(pages, heat == HvMemoryHeat::cold ? advice.cold : advice.hot);
+    if (done) return HeatDone{.advised_pages = pages.page_count()};
+    if (done.error().code != MemoryErrc::unavailable) return std::unexpected(done.error());
+    return HeatDone{.kept_pages = pages.page_count()};
+  };
+}
+
+namespace {
+
+/// Where in a list: so many of its ranges are done, and so many pages of the next one.
+struct Position {
+  std::uint16_t rep = 0;
+  std::uint64_t pages = 0;
+};
+
+/// A list of ranges, as the guest sent it.
+class HintList {
+public:
+  explicit HintList(std::span<const std::byte> input) : ranges_(input.subspan(hv_memory_heat_hint_input_bytes)) {
+    std::memcpy(&header_, input.data(), sizeof header_);
+  }
+  [[nodiscard]] std::optional<HvMemoryHeat> heat() const {
+    if (header_ > static_cast<std::uint64_t>(HvMemoryHeat::cold_discard)) return std::nullopt;
+    return static_cast<HvMemoryHeat>(header_);
+  }
+  [[nodiscard]] std::uint16_t size() const {
+    return static_cast<std::uint16_t>(ranges_.size() / sizeof(HvGpaPageRange));
+  }
+  [[nodiscard]] HvGpaPageRange operator[](std::uint16_t rep) const {
+    HvGpaPageRange range;
+    std::memcpy(&range.value, ranges_.data() + rep * sizeof range.value, sizeof range.value);
+    return range;
+  }
+
+private:
+  std::uint64_t header_ = 0;
+  std::span<const std::byte> ranges_;
+};
+
+/// What is kept for a vCPU whose call goes on within a range.
+struct Begun {
+  HvMemoryHeat heat{};
+  std::uint64_t range = 0; ///< HvGpaPageRange::value.
+  Position position;
+};
+
+/// Pages to be done at once.
+struct Part {
+  PageSet pages;
+  std::uint64_t named = 0; ///< With those that are named twice.
+  Position end;
+  bool has_bad_end = false; ///< What follows is a range that is refused.
+};
+
+/// How many pages are done between two looks at the clock.
+class Pace {
+public:
+  explicit Pace(Clock::time_point until) : until_(until) {}
+  [[nodiscard]] std::uint64_t pages() const { return pages_; }
+  [[nodiscard]] bool is_over() const { return now_ >= until_; }
+  /// So many more were done.
+  void took_a_part() {
+    const Clock::time_point before = std::exchange(now_, Clock::now());
+    if (now_ >= until_) return;
+    // Twice as many in half of what is left, at most.
+    if (pages_ < most && 4 * (now_ - before) < until_ - now_) pages_ *= 2;
+  }
+
+private:
+  static constexpr std::uint64_t most = (std::uint64_t{1} << 30) / page_size;
+  Clock::time_point until_;
+  Clock::time_point now_ = Clock::now();
+  std::uint64_t pages_ = (std::uint64_t{2} << 20) / page_size;
+};
+
+HvStatus status_of(const MemoryError& error) {
+  switch (error.code) {
+  case MemoryErrc::not_backed:
+  case MemoryErrc::read_only:
+  case MemoryErrc::unavailable:
+    return HvStatus::invalid_parameter;
+  default:
+    return error.os_error == ENOMEM ? HvStatus::insufficient_memory : HvStatus::operation_denied;
+  }
+}
+
+/// The first pages of a range, `most` at most, but no less than to where a huge page ends: half of one cannot be freed.
+std::uint64_t first_pages(const MemoryMap& map, PageRange range, std::uint64_t done, std::uint64_t most) {
+  const std::uint64_t left = range.count() - done;
+  if (left <= most) return left;
+  const std::uint64_t first = range.first().value() + done;
+  const Region* const region = map.find(GuestAddress((first + most) << page_shift));
+  if (region == nullptr) return most;
+  const std::uint64_t unit = std::max<std::uint64_t>(region->page_bytes(), std::uint64_t{2} << 20) / page_size;
+  const std::uint64_t start = region->pages().first().value();
+  const std::uint64_t beyond = (first + most - start) % unit;
+  if (beyond < most) return most - beyond;
+  return std::min(left, most - beyond + unit);
+}
+
+} // namespace
+
+/// What the copies of a row share.
+struct HeatState {
+  const GuestMemory& memory;
+  HeatOptions options;
+  std::mutex mutex;
+  std::map<std::uint32_t, Begun> begun; // by vCPU
+
+  HeatState(const GuestMemory& guest_memory, HeatOptions chosen) : memory(guest_memory), options(std::move(chosen)) {}
+
+  [[nodiscard]] HvCallAnswer answer(const HvCheckedCall& call);
+  /// From where on the list is to be done.
+  [[nodiscard]] Position resume(const HvCheckedCall& call, const HintList& list, HvMemoryHeat heat);
+  void keep(std::uint32_t vp_index, const HintList& list, HvMemoryHeat heat, Position position);
+  /// The pages that are next, `most` or so.
+  [[nodiscard]] Part next_part(const HintList& list, Position from, std::uint64_t most) const;
+  [[nodiscard]] HvStatus apply(const HvCheckedCall& call, HvMemoryHeat heat, const Part& part) const;
+};
+
+Position HeatState::resume(const HvCheckedCall& call, const HintList& list, HvMemoryHeat heat) {
+  const Position start{.rep = call.control.rep_start()};
+  const std::lock_guard lock(mutex);
+  const auto found = begun.find(call.vp_index);
+  if (found == begun.end()) return start;
+  const Begun was = found->second;
+  begun.erase(found);
+  // A guest may have made another call since.
+  const bool is_same = was.heat == heat && was.position.rep == start.rep && was.range == list[start.rep].value;
+  return is_same ? was.position : start;
+}
+
+void HeatState::keep(std::uint32_t vp_index, const HintList& list, HvMemoryHeat heat, Position position) {
+  if (position.pages == 0) return;
+  const std::lock_guard lock(mutex);
+  begun.insert_or_assign(vp_index, Begun{heat, list[position.rep].value, position});
+}
+
+Part HeatState::next_part(const HintList& list, Position from, std::uint64_t most) const {
+  const auto map = memory.snapshot();
+  const PageSet ram = map->pages(RegionKind::ram);
+  Part part{.pages = {}, .end = from};
+  while (part.end.rep < list.size() && part.named < most) {
+    const auto range = list[part.end.rep].pages();
+    part.has_bad_end = !range || !ram.contains(*range);
+    if (part.has_bad_end) return part;
+    const std::uint64_t count = first_pages(*map, *range, part.end.pages, most - part.named);
+    part.pages.add(*PageRange::make(PageNumber(range->first().value() + part.end.pages), count));
+    part.named += count;
+    part.end.pages += count;
+    if (part.end.pages == range->count()) part.end = {.rep = static_cast<std::uint16_t>(part.end.rep + 1)};
+  }
+  return part;
+}
+
+HvStatus HeatState::apply(const HvCheckedCall& call, HvMemoryHeat heat, const Part& part) const {
+  HvStatus status = HvStatus::success;
+  const auto apply = [&](const PageSet& pages) {
+    if (pages.empty()) return;
+    const auto done = options.policy(heat, pages);
+    if (!done) {
+      status = status_of(done.error());
+      return;
+    }
+    const std::uint64_t asked = pages.page_count();
+    if (heat == HvMemoryHeat::cold_discard && done->kept_pages == asked) status = HvStatus::invalid_parameter;
+    HeatDone all = *done;
+    all.kept_pages += part.named - asked;
+    if (options.on_hint) options.on_hint({.vp_index = call.vp_index, .heat = heat, .pages = pages, .done = all});
+  };
+  if (heat != HvMemoryHeat::cold_discard || !options.with_kept) {
+    apply(part.pages);
+    return status;
+  }
+  options.with_kept([&](const PageSet& kept) {
+    PageSet pages = part.pages;
+    pages.remove(kept);
+    apply(pages);
+  });
+  return status;
+}
+
+HvCallAnswer HeatState::answer(const HvCheckedCall& call) {
+  const HintList list(call.input);
+  const auto heat = list.heat();
+  const auto end = [](HvStatus status, std::uint16_t reps) {
+    return HvCallAnswer{.status = status, .reps_completed = reps};
+  };
+  if (!heat || (*heat == HvMemoryHeat::cold_discard && !options.offers_cold_discard))
+    return end(HvStatus::invalid_parameter, call.control.rep_start());
+  Position at = resume(call, list, *heat);
+  for (Pace pace(call.until);;) {
+    const Part part = next_part(list, at, pace.pages());
+    if (!part.pages.empty())
+      if (const HvStatus status = apply(call, *heat, part); status != HvStatus::success) return end(status, at.rep);
+    at = part.end;
+    if (part.has_bad_end) return end(HvStatus::invalid_parameter, at.rep);
+    if (at.rep == list.size()) return end(HvStatus::success, at.rep);
+    pace.took_a_part();
+    if (!pace.is_over()) continue;
+    keep(call.vp_index, list, *heat, at);
+    return {.reps_completed = at.rep, .goes_on = true};
+  }
+}
+
+HvCallRow memory_heat_hint_row(const GuestMemory& memory, HeatOptions options) {
+  std::uint64_t capability = static_cast<std::uint64_t>(HvExtCapability::memory_heat_hint);
+  if (options.offers_cold_discard) capability |= static_cast<std::uint64_t>(HvExtCapability::memory_cold_discard_hint);
+  auto state = std::make_shared<HeatState>(memory, std::move(options));
+  return {.code = static_cast<std::uint16_t>(HvCallCode::ext_memory_heat_hint),
+          .kind = HvCallKind::rep,
+          .input_bytes = hv_memory_heat_hint_input_bytes,
+          .input_bytes_per_rep = sizeof(HvGpaPageRange),
+          .is_costly = true,
+          .capability = capability,
+          .handler = [state](const HvCheckedCall& call) { return state->answer(call); }};
+}
+
+} // namespace cppvmm
