@@ -70,11 +70,18 @@ private:
   std::span<const std::byte> ranges_;
 };
 
+/// How far a call has got.
+struct Progress {
+  Position position;
+  bool has_effect = false; ///< Pages were freed, or the kernel took advice.
+  bool has_kept = false;   ///< Pages of a cold discard could not be freed.
+};
+
 /// What is kept for a vCPU whose call goes on within a range.
 struct Begun {
   HvMemoryHeat heat{};
   std::uint64_t range = 0; ///< HvGpaPageRange::value.
-  Position position;
+  Progress progress;
 };
 
 /// Pages to be done at once.
@@ -144,29 +151,31 @@ struct HeatState {
 
   [[nodiscard]] HvCallAnswer answer(const HvCheckedCall& call);
   /// From where on the list is to be done.
-  [[nodiscard]] Position resume(const HvCheckedCall& call, const HintList& list, HvMemoryHeat heat);
-  void keep(std::uint32_t vp_index, const HintList& list, HvMemoryHeat heat, Position position);
+  [[nodiscard]] Progress resume(const HvCheckedCall& call, const HintList& list, HvMemoryHeat heat);
+  void keep(std::uint32_t vp_index, const HintList& list, HvMemoryHeat heat, const Progress& progress);
   /// The pages that are next, `most` or so.
   [[nodiscard]] Part next_part(const HintList& list, Position from, std::uint64_t most) const;
-  [[nodiscard]] HvStatus apply(const HvCheckedCall& call, HvMemoryHeat heat, const Part& part) const;
+  [[nodiscard]] HvStatus apply(const HvCheckedCall& call, HvMemoryHeat heat, const Part& part,
+                               Progress& progress) const;
 };
 
-Position HeatState::resume(const HvCheckedCall& call, const HintList& list, HvMemoryHeat heat) {
-  const Position start{.rep = call.control.rep_start()};
+Progress HeatState::resume(const HvCheckedCall& call, const HintList& list, HvMemoryHeat heat) {
+  const Progress none{.position = {.rep = call.control.rep_start()}};
   const std::lock_guard lock(mutex);
   const auto found = begun.find(call.vp_index);
-  if (found == begun.end()) return start;
+  if (found == begun.end()) return none;
   const Begun was = found->second;
   begun.erase(found);
   // A guest may have made another call since.
-  const bool is_same = was.heat == heat && was.position.rep == start.rep && was.range == list[start.rep].value;
-  return is_same ? was.position : start;
+  const std::uint16_t rep = none.position.rep;
+  const bool is_same = was.heat == heat && was.progress.position.rep == rep && was.range == list[rep].value;
+  return is_same ? was.progress : none;
 }
 
-void HeatState::keep(std::uint32_t vp_index, const HintList& list, HvMemoryHeat heat, Position position) {
-  if (position.pages == 0) return;
+void HeatState::keep(std::uint32_t vp_index, const HintList& list, HvMemoryHeat heat, const Progress& progress) {
+  if (progress.position.pages == 0) return;
   const std::lock_guard lock(mutex);
-  begun.insert_or_assign(vp_index, Begun{heat, list[position.rep].value, position});
+  begun.insert_or_assign(vp_index, Begun{heat, list[progress.position.rep].value, progress});
 }
 
 Part HeatState::next_part(const HintList& list, Position from, std::uint64_t most) const {
@@ -186,19 +195,21 @@ Part HeatState::next_part(const HintList& list, Position from, std::uint64_t mos
   return part;
 }
 
-HvStatus HeatState::apply(const HvCheckedCall& call, HvMemoryHeat heat, const Part& part) const {
+HvStatus HeatState::apply(const HvCheckedCall& call, HvMemoryHeat heat, const Part& part, Progress& progress) const {
   HvStatus status = HvStatus::success;
   const auto apply = [&](const PageSet& pages) {
-    if (pages.empty()) return;
-    const auto done = options.policy(heat, pages);
-    if (!done) {
-      status = status_of(done.error());
-      return;
+    HeatDone all{.kept_pages = part.named};
+    if (!pages.empty()) {
+      const auto done = options.policy(heat, pages);
+      if (!done) {
+        status = status_of(done.error());
+        return;
+      }
+      progress.has_effect = progress.has_effect || done->freed_pages + done->cleared_pages + done->advised_pages > 0;
+      progress.has_kept = progress.has_kept || done->kept_pages > 0;
+      all = *done;
+      all.kept_pages += part.named - pages.page_count();
     }
-    const std::uint64_t asked = pages.page_count();
-    if (heat == HvMemoryHeat::cold_discard && done->kept_pages == asked) status = HvStatus::invalid_parameter;
-    HeatDone all = *done;
-    all.kept_pages += part.named - asked;
     if (options.on_hint) options.on_hint({.vp_index = call.vp_index, .heat = heat, .pages = pages, .done = all});
   };
   if (heat != HvMemoryHeat::cold_discard || !options.with_kept) {
@@ -219,19 +230,25 @@ HvCallAnswer HeatState::answer(const HvCheckedCall& call) {
   const auto end = [](HvStatus status, std::uint16_t reps) {
     return HvCallAnswer{.status = status, .reps_completed = reps};
   };
+  const std::uint16_t begin = call.control.rep_start();
   if (!heat || (*heat == HvMemoryHeat::cold_discard && !options.offers_cold_discard))
-    return end(HvStatus::invalid_parameter, call.control.rep_start());
-  Position at = resume(call, list, *heat);
+    return end(HvStatus::invalid_parameter, begin);
+  Progress progress = resume(call, list, *heat);
+  Position& at = progress.position;
   for (Pace pace(call.until);;) {
     const Part part = next_part(list, at, pace.pages());
     if (!part.pages.empty())
-      if (const HvStatus status = apply(call, *heat, part); status != HvStatus::success) return end(status, at.rep);
+      if (const HvStatus status = apply(call, *heat, part, progress); status != HvStatus::success)
+        return end(status, at.rep);
     at = part.end;
     if (part.has_bad_end) return end(HvStatus::invalid_parameter, at.rep);
-    if (at.rep == list.size()) return end(HvStatus::success, at.rep);
+    if (at.rep == list.size()) {
+      const bool is_refused = *heat == HvMemoryHeat::cold_discard && progress.has_kept && !progress.has_effect;
+      return is_refused ? end(HvStatus::invalid_parameter, begin) : end(HvStatus::success, at.rep);
+    }
     pace.took_a_part();
     if (!pace.is_over()) continue;
-    keep(call.vp_index, list, *heat, at);
+    keep(call.vp_index, list, *heat, progress);
     return {.reps_completed = at.rep, .goes_on = true};
   }
 }

@@ -38,7 +38,7 @@ export [[nodiscard]] HeatPolicy standard_heat_policy(GuestMemory& memory, HeatAd
 export struct HeatHinted {
   std::uint32_t vp_index = 0;
   HvMemoryHeat heat{};
-  const PageSet& pages; ///< That the guest named, but for those that are in use or pinned.
+  const PageSet& pages; ///< Named by the guest, and neither in use nor pinned; may be none.
   HeatDone done;        ///< Of all that it named.
 };
 
@@ -68,12 +68,11 @@ export struct HeatOptions {
 
 /// HvExtCallMemoryHeatHint. `memory` must outlive the row and its copies. What the guest gets:
 /// - invalid_parameter for a heat that there is none of, a reserved bit, a range that is misaligned or has a page that
-/// is
-///   no RAM, and for cold discard where not one page of a part of the list could be given back although it is not in
-///   use: Linux tries larger blocks then. All ranges before it are done, as the reps completed say;
+///   is no RAM: all ranges before it are done, as the reps completed say. And for a cold discard of which not one page
+///   could be given back, and some although they are not in use: Linux tries larger blocks then;
 /// - insufficient_memory and operation_denied when the host's kernel fails.
 ///
-/// It goes on when its time is over, after some pages at least: where it is kept for each vCPU
+/// It goes on when its time is over, after some pages at least. How far it has got within a range is kept for each vCPU
 /// (HvCheckedCall::vp_index).
 export [[nodiscard]] HvCallRow memory_heat_hint_row(const GuestMemory& memory, HeatOptions options);
 HvCallRow memory_heat_hint_row(const GuestMemory&& memory, HeatOptions options) = delete;
