@@ -25,7 +25,7 @@ constexpr std::array known = {
 };
 
 // Ours, which have no bits of KVM's.
-constexpr std::array<std::string_view, 2> ours = {"hv-boot-zeroed-mem", "hv-ext-query-caps"};
+constexpr std::array<std::string_view, 3> ours = {"hv-boot-zeroed-mem", "hv-ext-query-caps", "hv-memory-hint"};
 
 } // namespace
 

@@ -134,6 +134,15 @@ void on_answer(const BootZeroedAnswer& answer, std::uint32_t boot, const Options
   }
 }
 
+void add(HeatFigures& sum, const HeatCounts& counts) {
+  sum.cold_pages += counts.cold_pages;
+  sum.hot_pages += counts.hot_pages;
+  sum.discard_pages += counts.discard_pages;
+  sum.freed_pages += counts.done.freed_pages;
+  sum.advised_pages += counts.done.advised_pages;
+  sum.kept_pages += counts.done.kept_pages;
+}
+
 EnlightenmentBits bits_in(const std::vector<CpuidEntry>& leaves) {
   EnlightenmentBits bits;
   if (const auto* const features = find_cpuid(leaves, hv_cpuid_features))
@@ -390,6 +399,8 @@ private:
     if (!power_->hyperv) return;
     const HypercallCounts counts = power_->hyperv->hypercalls().counts();
     figures_.calls.query_capabilities += counts.query_capabilities;
+    figures_.calls.memory_heat_hint += counts.memory_heat_hint;
+    add(figures_.heat, power_->hyperv->hypercalls().heat_counts());
     figures_.calls.get_boot_zeroed_memory += counts.get_boot_zeroed_memory;
     figures_.calls.other += counts.other;
   }
@@ -595,7 +606,10 @@ private:
     if (options_.hypercalls == Hypercalls::off) return {};
     HvOptions hv;
     hv.boot_zeroed_memory = has_enlightenment(options_.enlightenments, "hv-boot-zeroed-mem");
-    hv.extended_hypercalls = hv.boot_zeroed_memory || has_enlightenment(options_.enlightenments, "hv-ext-query-caps");
+    if (has_enlightenment(options_.enlightenments, "hv-memory-hint"))
+      hv.memory_heat.policy = standard_heat_policy(*memory_);
+    hv.extended_hypercalls = hv.boot_zeroed_memory || hv.memory_heat.policy ||
+                             has_enlightenment(options_.enlightenments, "hv-ext-query-caps");
     hv.on_boot_zeroed = [this](const BootZeroedAnswer& answer) {
       const std::lock_guard lock(answering_);
       on_answer(answer, figures_.resets + 1, options_, *memory_->snapshot(), findings_, stop_.get_token());

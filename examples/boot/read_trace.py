@@ -193,6 +193,8 @@ def call(event):
         line += f" CPL {event['cpl']}"
     if event["result"] == "not_ours":
         return f"{line}: the VMM's own"
+    if event["result"] == "goes_on":
+        return f"{line}: goes on, after {event['us']:,.0f} us"
     if event["result"] == "undefined_opcode":
         return f"{line}: #UD"
     result = number(event["result"])

@@ -181,8 +181,13 @@ std::string to_json(const RunFigures& figures) {
   const auto& answer = figures.answers.last;
   const auto* audit = answer && answer->audit ? &*answer->audit : nullptr;
 
+  const HeatFigures& heat = figures.heat;
+  const Json hints = {{"cold_pages", heat.cold_pages},       {"hot_pages", heat.hot_pages},
+                      {"discard_pages", heat.discard_pages}, {"freed_pages", heat.freed_pages},
+                      {"advised_pages", heat.advised_pages}, {"kept_pages", heat.kept_pages}};
   const Json calls = {{"0x8001", figures.calls.query_capabilities},
                       {"0x8002", figures.calls.get_boot_zeroed_memory},
+                      {"0x8003", figures.calls.memory_heat_hint},
                       {"other", figures.calls.other}};
   Json ranges = Json::array();
   if (answer)
@@ -206,6 +211,7 @@ std::string to_json(const RunFigures& figures) {
       {"kernel_release", figures.kernel_release},
       {"kernel", figures.options.kernel.empty() ? Json() : Json(figures.options.kernel)},
       {"calls", calls},
+      {"heat", hints},
       {"resets", figures.resets},
       {"answers_given", figures.answers.given},
       {"unsound_answers", figures.answers.audited != 0 ? Json(figures.answers.unsound) : Json()},
@@ -265,6 +271,10 @@ std::string to_text(const RunFigures& figures) {
   if (figures.resets != 0)
     text += "\nresets      " + std::to_string(figures.resets) +
             (figures.answers.boots.empty() ? "" : ", " + by_boot(figures.answers));
+  if (figures.calls.memory_heat_hint != 0)
+    text += "\nhints       " + std::to_string(figures.calls.memory_heat_hint) + ": " +
+            mebibytes(figures.heat.freed_pages * zeroing::page_bytes) + " given back of " +
+            mebibytes(figures.heat.discard_pages * zeroing::page_bytes);
   if (figures.guest) text += "\nguest       zeroed " + share(figures.guest->zeroed_pages, figures.ram_pages);
   text += "\nhost        " + mebibytes(figures.host_resident_bytes) + " resident at the end\nticks      ";
   for (const auto& vcpu : figures.vcpu_ticks)

@@ -101,7 +101,18 @@ struct AnswerLog {
 struct CallFigures {
   std::uint64_t query_capabilities = 0;     ///< 0x8001
   std::uint64_t get_boot_zeroed_memory = 0; ///< 0x8002
+  std::uint64_t memory_heat_hint = 0;       ///< 0x8003
   std::uint64_t other = 0;
+};
+
+/// What guests said of their pages by HvExtCallMemoryHeatHint, and what was done; a page counts each time.
+struct HeatFigures {
+  std::uint64_t cold_pages = 0;
+  std::uint64_t hot_pages = 0;
+  std::uint64_t discard_pages = 0;
+  std::uint64_t freed_pages = 0;
+  std::uint64_t advised_pages = 0;
+  std::uint64_t kept_pages = 0;
 };
 
 /// Processor time of a vCPU's thread.
@@ -115,6 +126,7 @@ struct RunFigures {
   Hypercalls transport = Hypercalls::off; ///< Never automatic.
   std::uint32_t resets = 0;               ///< After which the guest was started anew.
   CallFigures calls;                      ///< Of all boots.
+  HeatFigures heat;                       ///< Of all boots.
   std::uint64_t ram_pages = 0;
   AnswerLog answers;
   std::optional<zeroing::Report> guest; ///< Of the zeroing guest, in the last boot.

@@ -61,6 +61,8 @@ Json describe(const HvCallEnded& ended) {
   Json result;
   if (ended.result)
     result = hex(*ended.result);
+  else if (ended.goes_on)
+    result = "goes_on";
   else
     result = ended.no_result == HvNoResult::not_ours ? "not_ours" : "undefined_opcode";
   return {{"event", "call"},

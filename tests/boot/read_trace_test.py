@@ -54,6 +54,7 @@ class Reader(unittest.TestCase):
     def test_calls(self):
         self.shows(call("0x8002", "0x0"), "HvExtCallGetBootZeroedMemory", "output=0x5000: SUCCESS in 1,234 us")
         self.shows(call("0x8003", "0x300000005"), "HvExtCallMemoryHeatHint", "INVALID_PARAMETER, 3 reps")
+        self.shows(call("0x8003", "goes_on"), "HvExtCallMemoryHeatHint", "goes on, after 1,234 us")
         self.shows(call("0x1005d", "not_ours"), "HvCallSignalEvent", "the VMM's own")
         self.shows(call("0x8001", "undefined_opcode"), "#UD")
 
