@@ -38,6 +38,7 @@ const char* to_string(Writer writer) {
                                                "forked child",
                                                "discard",
                                                "GuestMemory::discard",
+                                               "memory heat hint",
                                                "GuestMemory::reset",
                                                "drop of page table entries",
                                                "fallocate",

@@ -72,6 +72,7 @@ enum class Writer : std::uint8_t {
   fork_child,        ///< A store by a child of this process; whose private memory is then its own.
   discard,           ///< MADV_DONTNEED, MADV_REMOVE or a hole, by kind.
   library_discard,   ///< GuestMemory::discard of a range, or of every second page.
+  heat_hint,         ///< HvExtCallMemoryHeatHint: pages are given back, or are cold or hot.
   reset,             ///< GuestMemory::reset, which keeps a range of each region, or nothing.
   drop_entries,      ///< Page table entries go, the memory stays (MADV_DONTNEED of a shared mapping).
   allocate,          ///< fallocate(2): memory without a write.
@@ -89,7 +90,7 @@ enum class Writer : std::uint8_t {
   vcpu_read,
   vcpu_page_walk, ///< The guest's page tables lie in the region.
 };
-inline constexpr unsigned writer_kinds = 29;
+inline constexpr unsigned writer_kinds = 30;
 [[nodiscard]] const char* to_string(Writer writer);
 
 struct Step {

@@ -80,6 +80,7 @@ rc::Gen<Writer> writers(const Profile& profile) {
                                            {1, Writer::fork_child},
                                            {10, Writer::discard},
                                            {5, Writer::library_discard},
+                                           {5, Writer::heat_hint},
                                            {1, Writer::reset},
                                            {5, Writer::drop_entries},
                                            {2, Writer::allocate},

@@ -450,6 +450,8 @@ private:
       return discard(live, page, count, step.variant);
     case Writer::library_discard:
       return library_discard(live, page, count, (step.variant & 6) == 6);
+    case Writer::heat_hint:
+      return heat_hint(live, page, count, step.variant);
     case Writer::reset:
       return reset(step);
     case Writer::drop_entries:
@@ -677,6 +679,79 @@ private:
                            done->cleared_pages > 0);
     }
     return true;
+  }
+
+  /// Ranges as the guest lists them: some large, the others of `most` small pages.
+  static std::vector<std::uint64_t> listed(std::uint64_t first, std::uint64_t count, std::uint64_t most) {
+    std::vector<std::uint64_t> list;
+    for (const std::uint64_t end = first + count; first < end && list.size() < hv_memory_heat_hint_max_ranges;) {
+      const std::uint64_t large = first % huge_pages == 0 ? (end - first) / huge_pages : 0;
+      const std::uint64_t pages = large > 0 ? large * huge_pages : std::min(end - first, most);
+      list.push_back(first << page_shift | (large > 0 ? 1U << 11 | (large - 1) : pages - 1));
+      first += pages;
+    }
+    return list;
+  }
+
+  bool heat_hint(LiveRegion& live, std::uint32_t page, std::uint32_t count, std::uint8_t variant) {
+    const auto heat = variant == 6 ? HvMemoryHeat::cold : variant == 7 ? HvMemoryHeat::hot : HvMemoryHeat::cold_discard;
+    const bool is_file = live.spec().memory == Memory::shared_file || is_private_file(live.spec().memory);
+    if (heat == HvMemoryHeat::hot && is_file) return false; // the kernel reads ahead, and so fills holes with zeros
+    std::vector<std::uint64_t> input = listed(live.first_page() + page, count, variant % 2 == 0 ? 2048 : 7);
+    const std::size_t reps = input.size();
+    input.insert(input.begin(), static_cast<std::uint64_t>(heat));
+    HeatDone sum;
+    HeatOptions options{.policy = standard_heat_policy(memory_)};
+    options.on_hint = [&](const HeatHinted& hinted) {
+      sum.freed_pages += hinted.done.freed_pages;
+      sum.kept_pages += hinted.done.kept_pages;
+      if (heat == HvMemoryHeat::cold_discard) given_back(live, hinted.pages, hinted.done);
+    };
+    const HvCallRow row = memory_heat_hint_row(memory_, options);
+    // With no time, each step is a part of the list.
+    HvCheckedCall call{
+        .control = {std::uint64_t{reps} << 32}, .input = std::as_bytes(std::span(input)), .output = GuestAddress(0)};
+    if (variant >= 4) call.until = {};
+    HvCallAnswer answer = row.handler(call);
+    for (; answer.goes_on; answer = row.handler(call))
+      call.control = call.control.with_rep_start(answer.reps_completed);
+    const bool is_refused = live.spec().rom || live.spec().memory == Memory::unknown;
+    const bool is_done = answer.status == HvStatus::success;
+    if (is_done && is_refused && (live.spec().rom || heat == HvMemoryHeat::cold_discard))
+      problem("step %zu: hint of %s: done", step_, to_string(live.spec().memory));
+    if (!is_done && !is_refused && (answer.status != HvStatus::invalid_parameter || sum.freed_pages != 0))
+      problem("step %zu: hint of %s: status %u, %llu pages freed", step_, to_string(live.spec().memory),
+              static_cast<unsigned>(answer.status), static_cast<unsigned long long>(sum.freed_pages));
+    return is_done;
+  }
+
+  /// A part of a cold discard.
+  void given_back(LiveRegion& live, const PageSet& pages, const HeatDone& done) {
+    const auto freed = [&](std::uint64_t first, std::uint64_t end, bool is_whole) {
+      const auto page = static_cast<std::uint32_t>(first - live.first_page());
+      const auto count = static_cast<std::uint32_t>(end - first);
+      if (is_whole)
+        discarded_by_library(live, page, count, false);
+      else // marks stay, and so does what a watch has seen
+        live.discarded(page, count);
+    };
+    if (done.cleared_pages != 0) problem("step %zu: a hint cleared pages", step_);
+    for (const PageRange& range : pages.ranges()) {
+      if (done.freed_pages == 0) continue;
+      std::uint64_t first = range.first().value();
+      std::uint64_t end = range.end().value();
+      if (done.kept_pages == 0) {
+        freed(first, end, true);
+      } else if (is_hugetlb(live.spec().memory)) {
+        const std::uint64_t base = live.first_page();
+        first = base + (first - base + huge_pages - 1) / huge_pages * huge_pages;
+        end = base + (end - base) / huge_pages * huge_pages;
+        if (first < end) freed(first, end, false);
+      } else {
+        // Those whose file's data would come back stay.
+        live.freed(static_cast<std::uint32_t>(first - live.first_page()), static_cast<std::uint32_t>(end - first));
+      }
+    }
   }
 
   void discarded_by_library(LiveRegion& live, std::uint32_t page, std::uint32_t count, bool some_are_cleared) {

@@ -76,6 +76,7 @@ const std::vector<Column>& columns() {
       {"vCPU page walk", Writer::vcpu_page_walk},
       {"discard", Writer::discard, data},
       {"GuestMemory::discard", Writer::library_discard, data},
+      {"cold discard hint", Writer::heat_hint, data},
       {"GuestMemory::reset", Writer::reset, data},
       {"entries dropped", Writer::drop_entries, data},
       {"fallocate", Writer::allocate},
