@@ -8,7 +8,7 @@ export module cppvmm.vcpu:exit;
 import :hypercall;
 
 // Why a vCPU stopped. Every span below points into the vCPU's kvm_run page: it is valid until the next call of run()
-// or of an answer (complete_*, refuse_*) on the same Vcpu, and while the Vcpu lives.
+// or of an answer (complete_*, continue_*, refuse_*) on the same Vcpu, and while the Vcpu lives.
 
 namespace cppvmm {
 

@@ -23,7 +23,7 @@ export [[nodiscard]] const char* to_string(HypercallTransport transport);
 /// without, else `user`; unsupported where it has none of them (no MSR filter, or no MSR exits to user space).
 export [[nodiscard]] KvmResult<HypercallTransport> choose_hypercall_transport(const Capabilities& capabilities);
 
-/// A hypercall that waits for its result: Vcpu::complete_hypercall or Vcpu::refuse_hypercall.
+/// A hypercall that waits for its answer: Vcpu::complete_hypercall, continue_hypercall or refuse_hypercall.
 export struct Hypercall {
   std::uint64_t control = 0; ///< The hypercall input value: RCX, or EDX:EAX from 32-bit code (TLFS "Hypercall Inputs").
   std::uint64_t input = 0;   ///< GPA of the input parameters: RDX, or EBX:ECX.

@@ -42,6 +42,7 @@ struct MemoryFaultFields { // kvm_run.memory_fault
   std::uint64_t flags, gpa, size;
 };
 
+constexpr std::uint64_t rflags_tf = 1U << 8;
 constexpr std::uint64_t rflags_rf = 1U << 16;
 constexpr std::uint64_t out_imm8_length = 2; // user_hypercall_code: E6 ib
 
@@ -124,6 +125,7 @@ struct Vcpu::Impl {
   KvmResult<void> put_registers(const kvm_regs& registers);
   KvmResult<void> inject(std::uint8_t vector, std::optional<std::uint32_t> error_code);
   KvmResult<void> finish_pending();
+  KvmResult<kvm_regs> take_back_hypercall();
 
   KvmResult<Exit> decode();
   KvmResult<Exit> decode_io();
@@ -649,6 +651,13 @@ Exit Vcpu::Impl::decode_hyperv() {
 // The 32-bit convention's pair of registers.
 static std::uint64_t pair(std::uint64_t high, std::uint64_t low) { return high << 32 | (low & 0xFFFF'FFFF); }
 
+static void put_edx_eax(kvm_regs& registers, std::uint64_t value) {
+  registers.rdx = value >> 32;
+  registers.rax = value & 0xFFFF'FFFF;
+}
+
+static bool is_64_bit_code(const kvm_sregs& special) { return (special.efer & efer_lma) != 0 && special.cs.l != 0; }
+
 KvmResult<Exit> Vcpu::Impl::decode_user_hypercall() {
   const auto general = get_registers();
   if (!general) return std::unexpected(general.error());
@@ -656,7 +665,7 @@ KvmResult<Exit> Vcpu::Impl::decode_user_hypercall() {
   if (!special) return std::unexpected(special.error());
   Hypercall call{.cpl = 3, .transport = HypercallTransport::user};
   if ((special->cr0 & cr0_pe) != 0) call.cpl = special->ss.dpl & 3;
-  call.long_mode = (special->efer & efer_lma) != 0 && special->cs.l != 0;
+  call.long_mode = is_64_bit_code(*special);
   if (call.long_mode) {
     call.control = general->rcx;
     call.input = general->rdx;
@@ -742,8 +751,7 @@ KvmResult<void> Vcpu::complete_hypercall(std::uint64_t result) {
   if (impl.hypercall_long_mode) {
     registers.rax = result;
   } else {
-    registers.rax = result & 0xFFFF'FFFF;
-    registers.rdx = result >> 32;
+    put_edx_eax(registers, result);
   }
   if ((impl.sync & sync_general_registers) != 0) {
     impl.run().s.regs.regs = registers;
@@ -756,31 +764,72 @@ KvmResult<void> Vcpu::complete_hypercall(std::uint64_t result) {
   return {};
 }
 
-KvmResult<void> Vcpu::refuse_hypercall() {
-  if (!impl_) return moved_from("Vcpu::refuse_hypercall");
-  Impl& impl = *impl_;
-  kvm_regs registers{};
-  if (impl.waits == Waits::user_hypercall) {
-    registers = impl.hypercall_registers;
-  } else if (impl.waits == Waits::kernel_hypercall) {
-    const auto got = impl.get_registers();
+// Ends the hypercall that waits as if it had not been made. Its registers, RIP at the trapping instruction: those that
+// the guest gets are for the caller to set.
+KvmResult<kvm_regs> Vcpu::Impl::take_back_hypercall() {
+  kvm_regs registers = hypercall_registers;
+  if (waits == Waits::kernel_hypercall) {
+    const auto got = get_registers();
     if (!got) return std::unexpected(got.error());
     registers = *got;
-    impl.run().hyperv.u.hcall.result = 0;
-  } else {
-    return failed(KvmErrc::bad_state, "Vcpu::refuse_hypercall");
+    run().hyperv.u.hcall.result = 0;
+  }
+  // The step below is none that a guest which single-steps itself may see: DR6 tells it, and an exception that
+  // KVM_SET_REGS drops.
+  const bool steps_itself = (registers.rflags & rflags_tf) != 0;
+  kvm_debugregs debug{};
+  if (steps_itself) {
+    if (const auto got = kvm_set(fd(), KVM_GET_DEBUGREGS, &debug, "KVM_GET_DEBUGREGS"); !got)
+      return std::unexpected(got.error());
   }
   // KVM that runs the guest on the processor stops at the instruction and steps over it when KVM_RUN is called again;
   // KVM that emulates it has stepped over it already. Let the step happen, then go back.
-  if (const auto finished = impl.finish_pending(); !finished) return finished;
-  const auto after = impl.get_registers();
+  if (const auto finished = finish_pending(); !finished) return std::unexpected(finished.error());
+  const auto after = get_registers();
   if (!after) return std::unexpected(after.error());
   if (after->rip == registers.rip) {
     registers.rip -= out_imm8_length;
-    if (!impl.hypercall_long_mode) registers.rip &= 0xFFFF'FFFF;
+    if (!hypercall_long_mode) registers.rip &= 0xFFFF'FFFF;
   }
-  registers.rflags |= rflags_rf; // as every fault pushes it (Intel SDM vol. 3, 18.3.1.1)
-  if (const auto put = impl.put_registers(registers); !put) return put;
+  if (steps_itself) {
+    if (const auto put = kvm_set(fd(), KVM_SET_DEBUGREGS, &debug, "KVM_SET_DEBUGREGS"); !put)
+      return std::unexpected(put.error());
+  }
+  return registers;
+}
+
+KvmResult<void> Vcpu::continue_hypercall(std::uint64_t control) {
+  if (!impl_) return moved_from("Vcpu::continue_hypercall");
+  Impl& impl = *impl_;
+  bool long_mode = impl.hypercall_long_mode;
+  if (impl.waits == Waits::kernel_hypercall) {
+    const auto special = impl.get_special_registers();
+    if (!special) return std::unexpected(special.error());
+    long_mode = is_64_bit_code(*special);
+  } else if (impl.waits != Waits::user_hypercall) {
+    return failed(KvmErrc::bad_state, "Vcpu::continue_hypercall");
+  }
+  auto registers = impl.take_back_hypercall();
+  if (!registers) return std::unexpected(registers.error());
+  if (long_mode) {
+    registers->rcx = control;
+  } else {
+    put_edx_eax(*registers, control);
+  }
+  if (const auto put = impl.put_registers(*registers); !put) return put;
+  impl.waits = Waits::nothing;
+  return {};
+}
+
+KvmResult<void> Vcpu::refuse_hypercall() {
+  if (!impl_) return moved_from("Vcpu::refuse_hypercall");
+  Impl& impl = *impl_;
+  if (impl.waits != Waits::user_hypercall && impl.waits != Waits::kernel_hypercall)
+    return failed(KvmErrc::bad_state, "Vcpu::refuse_hypercall");
+  auto registers = impl.take_back_hypercall();
+  if (!registers) return std::unexpected(registers.error());
+  registers->rflags |= rflags_rf; // as every fault pushes it (Intel SDM vol. 3, 18.3.1.1)
+  if (const auto put = impl.put_registers(*registers); !put) return put;
   impl.waits = Waits::nothing;
   return impl.inject(static_cast<std::uint8_t>(ExceptionVector::invalid_opcode), std::nullopt);
 }

@@ -136,6 +136,11 @@ public:
   /// Answers Hypercall with the result value (TLFS "Hypercall Outputs"): in RAX, or in EDX:EAX for 32-bit code. Nothing
   /// else of the guest changes.
   [[nodiscard]] KvmResult<void> complete_hypercall(std::uint64_t result);
+  /// Has the guest make the Hypercall again when it runs next, with this control word: how a rep call whose time is
+  /// over goes on, its rep start index advanced (TLFS "Hypercall Continuation"). RIP is at the trapping instruction,
+  /// the control word in RCX, or in EDX:EAX for 32-bit code; nothing else of the guest changes. Interrupts that wait
+  /// are delivered first, the vCPU may be stopped and its state taken: what goes on is the guest's own call.
+  [[nodiscard]] KvmResult<void> continue_hypercall(std::uint64_t control);
   /// Answers Hypercall with #UD, RIP at the trapping instruction and every register as it was at the call.
   [[nodiscard]] KvmResult<void> refuse_hypercall();
 

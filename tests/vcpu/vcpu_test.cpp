@@ -163,6 +163,7 @@ TEST_P(VcpuRunTest, AnswersWithoutAQuestionAreBadState) {
     EXPECT_TRUE(is_bad_state(vcpu.complete_write_msr()));
     EXPECT_TRUE(is_bad_state(vcpu.refuse_msr()));
     EXPECT_TRUE(is_bad_state(vcpu.complete_hypercall(1)));
+    EXPECT_TRUE(is_bad_state(vcpu.continue_hypercall(1)));
     EXPECT_TRUE(is_bad_state(vcpu.refuse_hypercall()));
   };
   nothing_waits();
@@ -171,6 +172,7 @@ TEST_P(VcpuRunTest, AnswersWithoutAQuestionAreBadState) {
   ASSERT_RUN(IoIn, in, vcpu);
   EXPECT_TRUE(is_bad_state(vcpu.complete_mmio_read(bytes_of({1}))));
   EXPECT_TRUE(is_bad_state(vcpu.complete_hypercall(1)));
+  EXPECT_TRUE(is_bad_state(vcpu.continue_hypercall(1)));
   EXPECT_TRUE(is_bad_state(vcpu.inject_exception(ExceptionVector::invalid_opcode)));
   ASSERT_KVM_OK(vcpu.complete_io_in(bytes_of({1})));
   nothing_waits();
@@ -415,6 +417,7 @@ TEST_F(VcpuTest, AMovedFromVcpuRefusesEverything) {
   EXPECT_TRUE(is_bad_state(vcpu.mp_state()));
   EXPECT_TRUE(is_bad_state(vcpu.inject_exception(ExceptionVector::debug)));
   EXPECT_TRUE(is_bad_state(vcpu.complete_hypercall(0)));
+  EXPECT_TRUE(is_bad_state(vcpu.continue_hypercall(0)));
   EXPECT_TRUE(is_bad_state(vcpu.refuse_hypercall()));
   EXPECT_TRUE(is_bad_state(vcpu.use_user_hypercalls()));
   vcpu.stop_handle().request_stop();
