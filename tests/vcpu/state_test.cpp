@@ -1,7 +1,12 @@
 #include <algorithm>
+#include <array>
+#include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <gtest/gtest.h>
+#include <linux/kvm.h>
 #include <optional>
+#include <span>
 #include <vector>
 
 #include "support/bare_guest.hpp"
@@ -100,6 +105,105 @@ TEST_F(State, HasTheMsrsThatKvmNames) {
   EXPECT_GT(indices->size(), 10U);
   constexpr std::uint32_t tsc = 0x10;
   EXPECT_NE(std::ranges::find(*indices, tsc), indices->end());
+}
+
+// Where KVM keeps the special registers in the kvm_run page, they are looked at there.
+class StateOfACaller : public State {
+protected:
+  /// In 64-bit code that calls again and again; `more_efer`, once it is made.
+  Vcpu make(std::uint64_t more_efer = 0) {
+    Vcpu vcpu = make_vcpu();
+    value_or_throw(vcpu.use_user_hypercalls());
+    load(Code().out(user_hypercall_port).loop());
+    value_or_throw(start_long_mode(vcpu));
+    auto special = vcpu.special_registers().value();
+    special.efer |= more_efer;
+    value_or_throw(vcpu.set_special_registers(special));
+    return vcpu;
+  }
+
+  /// To a call whose special registers are in the page: those of the call before were looked at.
+  static void run_to_call(Vcpu& vcpu) {
+    for (int i = 0; i < 2; ++i) {
+      ASSERT_RUN(Hypercall, call, vcpu);
+      ASSERT_KVM_OK(vcpu.complete_hypercall(0));
+    }
+  }
+};
+
+TEST_F(StateOfACaller, MsrsThatAreSetShowInTheSpecialRegisters) {
+  Vcpu vcpu = make();
+  ASSERT_NO_FATAL_FAILURE(run_to_call(vcpu));
+  ASSERT_EQ(vcpu.special_registers()->fs.base, 0U);
+  constexpr MsrEntry fs_base{.index = 0xC000'0100, .value = 0x1234'5678};
+  ASSERT_KVM_OK(vcpu.set_msrs(std::span(&fs_base, 1)));
+  EXPECT_EQ(vcpu.special_registers()->fs.base, fs_base.value);
+}
+
+TEST_F(StateOfACaller, EventsThatAreSetShowInTheSpecialRegisters) {
+  Vcpu vcpu = make();
+  ASSERT_NO_FATAL_FAILURE(run_to_call(vcpu));
+  ASSERT_EQ(vcpu.special_registers()->interrupt_bitmap, (std::array<std::uint64_t, 4>{}));
+  auto events = vcpu.events().value();
+  constexpr std::size_t interrupt_injected = 8;
+  events.bytes[interrupt_injected] = std::byte{1};
+  events.bytes[interrupt_injected + 1] = std::byte{0x41};
+  ASSERT_KVM_OK(vcpu.set_events(events));
+  EXPECT_EQ(vcpu.special_registers()->interrupt_bitmap, (std::array<std::uint64_t, 4>{0, 2}));
+}
+
+TEST_F(StateOfACaller, ALocalApicThatIsSetShowsInTheSpecialRegisters) {
+  Vcpu vcpu = make();
+  ASSERT_NO_FATAL_FAILURE(run_to_call(vcpu));
+  ASSERT_EQ(vcpu.special_registers()->cr8, 0U);
+  auto apic = vcpu.local_apic().value();
+  constexpr std::size_t task_priority = 0x80;
+  apic.bytes[task_priority] = std::byte{0x50};
+  ASSERT_KVM_OK(vcpu.set_local_apic(apic));
+  EXPECT_EQ(vcpu.special_registers()->cr8, 5U);
+}
+
+// The guest's own guest makes the calls; then its state is set as that of the guest, which has another GDT.
+TEST_F(StateOfACaller, NestedStateThatIsSetShowsInTheSpecialRegisters) {
+  constexpr std::uint32_t svm_leaf = 0x8000'0001;
+  constexpr std::uint32_t svm = 1U << 2; // ECX
+  const auto cpuid = kvm->supported_cpuid().value();
+  const CpuidEntry* const leaf = find_cpuid(cpuid, svm_leaf);
+  if (kvm->capabilities().nested_state_bytes == 0 || leaf == nullptr || (leaf->ecx & svm) == 0)
+    GTEST_SKIP() << "this KVM's guests have no guests by SVM";
+  constexpr std::uint64_t efer_svme = 1U << 12;
+  constexpr std::uint64_t other_gdt = 0x7000;
+  Vcpu vcpu = make(efer_svme);
+  const auto outer = vcpu.nested_state().value();
+
+  // struct kvm_nested_state: flags, format, size, and the VMCB's address; 128 bytes, then the VMCB (AMD64 Architecture
+  // Programmer's Manual vol. 2, appendix B): controls, and from 0x400 on the state of the guest that made this one.
+  constexpr std::size_t vmcb = 128;
+  NestedState inner{.bytes = std::vector<std::byte>(vmcb + 4096)};
+  const auto put = [&](std::size_t at, auto value) { std::memcpy(&inner.bytes[at], &value, sizeof value); };
+  put(0, std::uint16_t{KVM_STATE_NESTED_GUEST_MODE | KVM_STATE_NESTED_GIF_SET});
+  put(2, std::uint16_t{KVM_STATE_NESTED_FORMAT_SVM});
+  put(4, static_cast<std::uint32_t>(inner.bytes.size()));
+  put(8, layout::free);
+  put(vmcb + 0x10, std::uint32_t{1}); // intercepts VMRUN
+  put(vmcb + 0x58, std::uint32_t{1}); // ASID
+  constexpr std::size_t save = vmcb + 0x400;
+  const auto special = vcpu.special_registers().value();
+  put(save + 0x12, std::uint16_t{0x29B}); // CS: present 64-bit code
+  put(save + 0x64, std::uint32_t{127});   // GDTR
+  put(save + 0x68, other_gdt);
+  put(save + 0xD0, special.efer);
+  put(save + 0x148, special.cr4);
+  put(save + 0x150, special.cr3);
+  put(save + 0x158, special.cr0);
+  put(save + 0x160, std::uint64_t{0x400});       // DR7
+  put(save + 0x168, std::uint64_t{0xFFFF'0FF0}); // DR6
+  put(save + 0x170, std::uint64_t{2});           // RFLAGS
+  ASSERT_KVM_OK(vcpu.set_nested_state(inner));
+  ASSERT_NO_FATAL_FAILURE(run_to_call(vcpu));
+  ASSERT_EQ(vcpu.special_registers()->gdt.base, layout::gdt);
+  ASSERT_KVM_OK(vcpu.set_nested_state(outer));
+  EXPECT_EQ(vcpu.special_registers()->gdt.base, other_gdt);
 }
 
 TEST_F(State, LetsAGuestGoOnInAnotherVm) {
