@@ -163,9 +163,10 @@ HypervResult<bool> Hyperv::State::answer(Vcpu& vcpu, const Hypercall& call) {
     hypercalls.set_hypercall_page(interface.hypercall_page());
     hypercalls.set_reference_tsc_page(interface.reference_tsc_page());
   }
-  const HypercallResult result = hypercalls.handle(arrived);
-  if (result) return handled(vcpu.complete_hypercall(*result), "complete a hypercall");
-  if (result.error() == HvNoResult::not_ours) return false;
+  const HvCallProgress progress = hypercalls.handle_some(arrived);
+  if (progress && progress->is_done) return handled(vcpu.complete_hypercall(progress->value), "complete a hypercall");
+  if (progress) return handled(vcpu.continue_hypercall(progress->value), "continue a hypercall");
+  if (progress.error() == HvNoResult::not_ours) return false;
   return handled(vcpu.refuse_hypercall(), "refuse a hypercall");
 }
 

@@ -377,6 +377,65 @@ TEST_P(HypervOver, ResetInPlaceAnswersTheNextBootAsTheFirst) {
   EXPECT_GT(pages, (memory.size() >> 12) - 16);
 }
 
+// The guest makes one call and sees one result, however often its time was over.
+TEST_P(HypervOver, AMemoryHeatHintGoesOnUntilItIsDone) {
+  constexpr std::uint64_t list = 0x50000;
+  constexpr std::uint64_t pages = 512;
+  ASSERT_GE(memory.size(), pages * page_size);
+  Code code = introduction();
+  for (const std::uint64_t count : {3U, 1U}) {
+    code.raw({0x48, 0xB9}).value(std::uint64_t{0x8003} | count << 32); // mov rcx
+    code.mov_edx(list);
+    code.raw({0x48, 0xB8}).value(hypercall_page).raw({0xFF, 0xD0}); // mov rax; call rax
+    code.out(answer_port);
+  }
+  std::vector<std::uint64_t> asked;
+  std::vector<std::uint64_t> went_on;
+  HvOptions options;
+  options.call_time = {};
+  options.memory_heat.policy = [&](HvMemoryHeat, const PageSet& set) -> MemoryResult<HeatDone> {
+    asked.push_back(set.page_count());
+    return HeatDone{.freed_pages = set.page_count()};
+  };
+  options.trace = [&](const HvTraceEvent& event) {
+    if (const auto* const call = std::get_if<HvCallEnded>(&event); call != nullptr && call->goes_on)
+      went_on.push_back(*call->goes_on);
+  };
+  start(code.hlt(), std::move(options));
+  // Cold, of three times all of the guest's first pages.
+  for (std::uint64_t range = 0; range < 3; ++range)
+    ASSERT_TRUE(guest_memory.write_value(GuestAddress(list + 8 + 8 * range), pages - 1));
+  EXPECT_EQ(run_to_end(), (std::vector{hv_result(HvStatus::success, 3), hv_result(HvStatus::success, 1)}));
+  EXPECT_EQ(asked, std::vector(4, pages));
+  constexpr std::uint64_t control = 0x8003 | std::uint64_t{3} << 32;
+  EXPECT_EQ(went_on, (std::vector{control | std::uint64_t{1} << 48, control | std::uint64_t{2} << 48}));
+  EXPECT_EQ(hyperv->hypercalls().counts().memory_heat_hint, 4U);
+}
+
+TEST_P(HypervOver, WhatTheGuestDiscardsIsReportedByTheNextAnswer) {
+  constexpr std::uint64_t list = 0x50000;
+  Code code = introduction();
+  for (std::uint64_t page = 0x60; page < 0x80; ++page) // dirty it: mov [page], eax
+    code.raw({0x48, 0xA3}).value(page << 12);
+  hypercall(code, 0x8002, boot_zeroed_output);
+  code.raw({0x48, 0xB9}).value(std::uint64_t{0x8003} | std::uint64_t{1} << 32);
+  code.mov_edx(list);
+  code.raw({0x48, 0xB8}).value(hypercall_page).raw({0xFF, 0xD0});
+  code.out(answer_port);
+  hypercall(code, 0x8002, boot_zeroed_output);
+  std::vector<PageSet> answers;
+  start(code.hlt(), {.memory_heat = {.policy = standard_heat_policy(guest_memory)},
+                     .on_boot_zeroed = [&](const BootZeroedAnswer& answer) { answers.push_back(answer.zeroed()); }});
+  ASSERT_TRUE(guest_memory.write_value(GuestAddress(list), std::uint64_t{2}));
+  ASSERT_TRUE(guest_memory.write_value(GuestAddress(list + 8), std::uint64_t{0x60} << 12 | 0x1F));
+  EXPECT_EQ(run_to_end(), (std::vector<std::uint64_t>{0, hv_result(HvStatus::success, 1), 0}));
+  ASSERT_EQ(answers.size(), 2U);
+  const PageRange discarded = *PageRange::make(PageNumber(0x60), 0x20);
+  EXPECT_FALSE(answers[0].intersects(discarded));
+  EXPECT_TRUE(answers[1].contains(discarded));
+  EXPECT_EQ(answers[1].page_count(), answers[0].page_count() + 0x20);
+}
+
 // HvCallPostMessage, for a VMM that has VMBus.
 TEST_P(HypervOver, HandsBackAnothersCallWhichWaitsForItsResult) {
   if (GetParam() != HypercallTransport::user) GTEST_SKIP() << "KVM keeps it, without a SynIC";
