@@ -74,8 +74,8 @@ const Against
       touch_as_booted(*region);
       AskingGuest guest(*region);
       if (!guest.answers(measurement)) return;
-      // The extents of a guest that has booted, once: answers are made one at a time.
-      measurement.floor_takes(16 * 128);
+      // The extents of a guest that has booted, of the two surveys that there are at once.
+      measurement.floor_takes(std::uint64_t{2} * 16 * 128);
       measurement.run([&] { on_threads(x, [&] { guest.ask(); }); }, [&] { on_threads(x, [&] { guest.scan(); }); });
     });
 
