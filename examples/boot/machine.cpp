@@ -31,6 +31,7 @@
 
 #include "answer_figures.hpp"
 #include "guest.hpp"
+#include "host_memory_log.hpp"
 #include "linux_guest.hpp"
 #include "ram.hpp"
 #include "saved_machine.hpp"
@@ -248,11 +249,18 @@ public:
     signals_.async_wait([&](const boost::system::error_code& error, int number) {
       if (!error) interrupt(number);
     });
+    if (!options_.host_memory_log.empty()) {
+      auto log = HostMemoryLog::start(options_.host_memory_log, *memory_);
+      if (!log) return failure(log.error());
+      memory_log_ = std::move(*log);
+    }
     const auto started = Clock::now();
     start();
     io_.run();
     const auto wall = Clock::now() - started;
 
+    if (memory_log_)
+      if (auto finished = memory_log_->finish(); !finished) findings_.fail(finished.error());
     if (trace_ && !trace_->finish()) findings_.fail("cannot write " + options_.trace);
     if (signal_ != 0) return std::unexpected(interrupted());
     if (auto text = findings_.failure()) return std::unexpected(after_answers({.text = std::move(*text)}));
@@ -612,6 +620,7 @@ private:
                              has_enlightenment(options_.enlightenments, "hv-ext-query-caps");
     hv.on_boot_zeroed = [this](const BootZeroedAnswer& answer) {
       const std::lock_guard lock(answering_);
+      if (memory_log_) memory_log_->add_answer();
       on_answer(answer, figures_.resets + 1, options_, *memory_->snapshot(), findings_, stop_.get_token());
       end_preparations();
     };
@@ -721,6 +730,7 @@ private:
   Findings findings_;
   std::mutex answering_; // one audit at a time
   std::unique_ptr<TraceFile> trace_;
+  std::unique_ptr<HostMemoryLog> memory_log_;
   std::optional<SavedMachine> saved_; ///< Until it is restored.
   std::stop_source stop_;
   RunFigures figures_; ///< Of all boots so far; what the vCPUs find out comes last.

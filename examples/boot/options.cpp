@@ -247,6 +247,10 @@ std::expected<Options, EarlyExit> parse_options(int argc, const char* const* arg
          "itself there is what it holds at a vCPU's first extended hypercall, and in the end. At most 64 MiB; ./dev "
          "trace prints it")
       ->type_name("FILE");
+  app.add_option("--host-memory-log", options.host_memory_log,
+                 "Write how much host memory guest RAM takes to this file, five times a second and when an answer was "
+                 "made: a line each of milliseconds and bytes, and \"answer\" for those")
+      ->type_name("FILE");
   app.add_option("--kvm-device", options.kvm_device, "KVM's device")->capture_default_str()->type_name("FILE");
 
   try {

@@ -48,6 +48,7 @@ struct Options {
   std::string save_at;                           ///< What the guest says on its console then.
   std::string restore;                           ///< A machine that was saved, to go on with; empty: none.
   std::string trace;                             ///< Where the trace of Hyper-V's use goes; empty: nowhere.
+  std::string host_memory_log;                   ///< Where host memory over time goes; empty: nowhere.
   std::string kvm_device = "/dev/kvm";
 };
 

@@ -26,13 +26,14 @@ TEST(BootOptions, HaveTheDocumentedDefaults) {
   EXPECT_EQ(options->resets, 0U);
   EXPECT_EQ(options->json, "");
   EXPECT_EQ(options->map, "");
+  EXPECT_EQ(options->host_memory_log, "");
   EXPECT_EQ(options->kvm_device, "/dev/kvm");
 }
 
 TEST(BootOptions, AreTaken) {
   const auto options =
       parse({"--memory", "1G", "--cpus", "4", "--backing", "memfd", "--hypercalls", "kernel", "--guest", "zeroing",
-             "--audit", "--resets", "3", "--json", "out.json", "--map", "out.svg"});
+             "--audit", "--resets", "3", "--json", "out.json", "--map", "out.svg", "--host-memory-log", "out.log"});
   ASSERT_TRUE(options);
   EXPECT_EQ(options->memory_bytes, 1U << 30);
   EXPECT_EQ(options->cpus, 4U);
@@ -42,6 +43,7 @@ TEST(BootOptions, AreTaken) {
   EXPECT_EQ(options->resets, 3U);
   EXPECT_EQ(options->json, "out.json");
   EXPECT_EQ(options->map, "out.svg");
+  EXPECT_EQ(options->host_memory_log, "out.log");
   EXPECT_FALSE(options->idle);
   EXPECT_TRUE(parse({"--guest", "idle"})->idle);
 }

@@ -16,6 +16,7 @@
 #include <nlohmann/json.hpp>
 #include <optional>
 #include <regex>
+#include <sstream>
 #include <string>
 #include <string_view>
 #include <tuple>
@@ -430,6 +431,34 @@ TEST_F(Boot, APictureThatCannotBeWrittenIsOneLine) {
   const Ended ended = boot({"--memory", "4M", "--map", "/nonexistent/boot.svg"});
   EXPECT_EQ(ended.status, 1);
   EXPECT_EQ(ended.err, "cppvmm-boot: cannot write /nonexistent/boot.svg\n");
+}
+
+TEST_F(Boot, TheHostMemoryLogHasTheAnswerAndTheEnd) {
+  const File log("host-memory", "");
+  const json figures = boot_json({"--memory", "16M", "--leftovers", "100", "--host-memory-log", log.path()});
+  ASSERT_FALSE(figures.is_null());
+  std::istringstream lines(contents(log.path()));
+  std::vector<std::uint64_t> times;
+  std::vector<std::uint64_t> bytes;
+  std::vector<std::uint64_t> at_answers;
+  for (std::string line; std::getline(lines, line);) {
+    std::smatch parts;
+    ASSERT_TRUE(std::regex_match(line, parts, std::regex("([0-9]+) ([0-9]+)( answer)?"))) << line;
+    times.push_back(std::stoull(parts[1]));
+    bytes.push_back(std::stoull(parts[2]));
+    if (parts[3].matched) at_answers.push_back(bytes.back());
+  }
+  EXPECT_TRUE(std::ranges::is_sorted(times));
+  EXPECT_EQ(at_answers.size(), figures["answers_given"]);
+  ASSERT_FALSE(at_answers.empty());
+  EXPECT_GE(at_answers.front(), 100 * page) << "the leftovers";
+  EXPECT_EQ(bytes.back(), figures["host_resident_bytes"]);
+}
+
+TEST_F(Boot, AHostMemoryLogThatCannotBeWrittenIsOneLine) {
+  const Ended ended = boot({"--memory", "4M", "--host-memory-log", "/nonexistent/log"});
+  EXPECT_EQ(ended.status, 1);
+  EXPECT_EQ(ended.err, "cppvmm-boot: cannot write /nonexistent/log\n");
 }
 
 TEST_F(Boot, WithoutAnAnswerThereIsNothingToDraw) {
