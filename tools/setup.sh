@@ -17,7 +17,7 @@ packages_of() {
     instrumented) echo libclang-rt-19-dev llvm-19 ;;
     lint) echo clang-tidy-19 clang-format-19 shellcheck ;;
     lab) echo qemu-system-x86 cpio util-linux xz-utils zstd ;;
-    guests) echo gcc make xz-utils ;;
+    guests) echo gcc libc6-dev make xz-utils ;;
     bench) echo cargo rustc librust-vm-memory-dev gnuplot-nox ;;
   esac
 }

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # modules.sh FOLDER: builds tests/guests/linux, modules for Linux guests, for the kernel in FOLDER (see kernel.sh), with
 # the distribution's gcc and make:
-#   guests/*.ko, and guests/made: what they were made of
+#   guests/*.ko, guests/heat_load, a program for such guests, and guests/made: what they were made of
 #   headers/: the kernel's header packages, downloaded with apt and unpacked; nothing is installed from them
 # FOLDER/guests is left as it is when neither the sources nor the kernel changed.
 # modules.sh --made FOLDER: only says, by its status, whether that is so.
@@ -60,6 +60,7 @@ cp "$sources"/Makefile "$sources"/*.[ch] "$work/guests/"
 make -C "$folder/headers/usr/src/linux-headers-$name" M="$work/guests" modules
 mkdir "$work/made"
 mv "$work"/guests/*.ko "$work/made/"
+gcc -std=gnu17 -O2 -Wall -Wextra -Werror -static -s -o "$work/made/heat_load" "$work/guests/heat_load.c"
 # Debug information is most of a module, and all of it would go through the guest's memory.
 strip --strip-debug "$work"/made/*.ko
 echo "$identity" >"$work/made/made"
