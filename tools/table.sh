@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# table.sh [--lab|--linux]: what each kind of memory's answer is worth after each writer, on this kernel, as Markdown;
+# table.sh [--lab|--linux|--heat]: what each kind of memory's answer is worth after each writer, on this kernel, as Markdown;
 # --lab: and on each kernel of the lab; --linux: instead, how much of what an unmodified Linux of 2 GiB has free is in its
-# answer, on each kernel of the lab.
+# answer, on each kernel of the lab; --heat: how much of what such a guest frees the host has back, and the plot of it.
 # shellcheck source=tools/build.sh
 source "$(dirname "${BASH_SOURCE[0]}")/build.sh"
 
@@ -23,6 +23,28 @@ case ${1:-} in
         --include "$root/build/release/examples/boot/cppvmm-boot" --include "$folder/vmlinuz" \
         --include "$folder/guests" --include "$root/tests/lab/linux_table.sh" -- sh /linux_table.sh || status=$?
     done
+    ;;
+  --heat)
+    folder=$root/build/heat
+    mkdir -p "$folder"
+    for version in $("$tools/lab.sh" --get --kernel all); do
+      kernel=$root/build/lab/kernels/$version
+      fetches=()
+      for log in {kernel,split,user}-{anonymous,memfd}; do
+        rm -f "$folder/$version-$log.log"
+        fetches+=(--fetch "/tmp/heat-$log.log:$folder/$version-$log.log")
+      done
+      "$tools/lab.sh" --kernel "$version" --memory 4G --timeout 3600 "${fetches[@]}" \
+        --include "$root/build/release/examples/boot/cppvmm-boot" --include "$kernel/vmlinuz" \
+        --include "$kernel/guests" --include "$root/tests/lab/linux_heat.sh" -- sh /linux_heat.sh 2G 256 512 512 || status=$?
+    done
+    if ! command -v gnuplot >/dev/null; then
+      say "no plot: there is no gnuplot"
+    elif [[ -e $folder/6.12-kernel-memfd.log ]]; then
+      python3 "$tools/heat_plot.py" "$folder/heat.svg" "A Linux guest of 2 GiB fills 1 GiB of its memory and frees it" \
+        anonymous="$folder/6.12-kernel-anonymous.log" memfd="$folder/6.12-kernel-memfd.log" || status=$?
+      say "the plot: build/heat/heat.svg"
+    fi
     ;;
   *) die "table: no option $1 (./dev help)" ;;
 esac
