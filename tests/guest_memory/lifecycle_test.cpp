@@ -20,6 +20,7 @@
 #include <vector>
 
 #include "support/huge_pages.hpp"
+#include "support/locked_memory.hpp"
 #include "support/machine_facts.hpp"
 
 import cppvmm.guest_memory;
@@ -334,7 +335,7 @@ TEST_P(LifecycleOf, NoMemoryIsAllocatedToDiscardIt) {
 
 TEST_P(LifecycleOf, LockedMemoryIsDiscardedToo) {
   store_all(*region, pages(first, count));
-  if (mlock(region->host_address(), bytes) != 0) GTEST_SKIP() << "mlock: errno " << errno;
+  if (!test::lock_memory(region->host_address(), bytes)) GTEST_SKIP() << "mlock2: errno " << errno;
   const PageRange discarded = pages(first + 512, 512);
   const auto done = region->discard(discarded);
   ASSERT_TRUE(done) << done.error().message();

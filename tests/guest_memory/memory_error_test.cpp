@@ -17,6 +17,7 @@
 
 #include "support/descriptor.hpp"
 #include "support/huge_pages.hpp"
+#include "support/locked_memory.hpp"
 #include "support/machine_facts.hpp"
 #include "support/temporary_file.hpp"
 
@@ -170,7 +171,7 @@ TEST_P(MemoryErrorOf, InAPartOfAHugePageIsNoDeadlyStore) {
 }
 
 TEST_P(MemoryErrorOf, IsNoDeadlyStoreInLockedMemory) {
-  if (mlock(region->host_address(), bytes) != 0) GTEST_SKIP() << "mlock: errno " << errno;
+  if (!test::lock_memory(region->host_address(), bytes)) GTEST_SKIP() << "mlock2: errno " << errno;
   if (!lose(700)) GTEST_SKIP() << "no page of this memory can be lost: errno " << errno;
   const auto done = memory.discard(pages(512, 1024));
   if (!done) EXPECT_EQ(done.error().os_error, EHWPOISON) << done.error().message();

@@ -1,3 +1,4 @@
+#include "support/locked_memory.hpp"
 #include "support/machine_facts.hpp"
 #include "support/temporary_file.hpp"
 
@@ -199,7 +200,7 @@ std::expected<void, std::string> LiveRegion::prepare() {
     touched(0, spec_.pages, Reason::populated);
   }
   if (spec_.before == Before::locked) {
-    is_locked_ = mlock(start, bytes) == 0;
+    is_locked_ = test::lock_memory(start, bytes);
     touched(0, spec_.pages, Reason::populated); // a limit may stop it halfway
   }
   return {};

@@ -2,6 +2,7 @@
 
 #include "descriptor.hpp"
 #include "kernel_files.hpp"
+#include "locked_memory.hpp"
 #include "swap.hpp"
 #include "temporary_file.hpp"
 
@@ -304,7 +305,7 @@ void find_advice(MachineFacts& facts) {
   const Mapping locked(page);
   if (locked.exists()) {
     locked.store(0);
-    static_cast<void>(mlock(locked.start(), page)); // a limit may forbid it, and the advice is known all the same
+    static_cast<void>(lock_memory(locked.start(), page)); // a limit may forbid it, and the advice is known all the same
     facts.dontneed_locked = locked.advise(madv_dontneed_locked) && locked.load(0) == std::byte{0};
   }
   // Takes none of the pool: it is mapped without a reservation, and never touched.
