@@ -73,6 +73,11 @@ enum class PageEntries : std::uint8_t {
 [[nodiscard]] MemoryResult<std::vector<ExtentList>> broken_entries(const void* host, std::uint64_t bytes,
                                                                    EvidenceSource source);
 
+/// Of private memory in pages of 4 KiB: those of `pages` of which a load may be a signal. Of the others, a load would
+/// have done during the call: to know it, what the swap cache has is mapped. What is swapped out and not there is not
+/// brought in, and counts. Before Linux 5.14, all of them count.
+[[nodiscard]] MemoryResult<ExtentList> unreadable_pages(const void* host, std::span<const Extent> pages);
+
 /// All pages but those that are write-protected still since a userfaultfd began to watch them; an error (EPERM) where
 /// the memory is not watched as a whole.
 [[nodiscard]] MemoryResult<ExtentList> written_pages(const void* host, std::uint64_t bytes);

@@ -1,5 +1,6 @@
 module;
 #include <algorithm>
+#include <array>
 #include <cerrno>
 #include <cstddef>
 #include <cstdint>
@@ -371,6 +372,45 @@ MemoryResult<std::vector<ExtentList>> broken_entries(const void* host, std::uint
   if (const auto error = add_lost(pagemap.number(), start, found.guarded, lists.emplace_back()))
     return std::unexpected(*error);
   return lists;
+}
+
+/// By a read fault through no pointer, which fails where a load would be a signal (mm/madvise.c, madvise_populate).
+static bool are_readable(std::uint64_t host, Extent pages) {
+  constexpr int populate_read = 22; // MADV_POPULATE_READ, which the headers of older distributions lack
+  return madvise(reinterpret_cast<void*>(host + pages.first * page_size), pages.count * page_size, populate_read) == 0;
+}
+
+MemoryResult<ExtentList> unreadable_pages(const void* host, std::span<const Extent> pages) {
+  constexpr std::uint64_t at_a_time = 512;
+  const auto start = reinterpret_cast<std::uintptr_t>(host);
+  ExtentList unreadable;
+  std::array<unsigned char, at_a_time> flags{};
+  for (const Extent& extent : pages)
+    for (std::uint64_t first = extent.first; first < extent.end(); first += at_a_time) {
+      if (is_survey_stopped()) return std::unexpected(survey_stopped(start, extent.end() * page_size));
+      const std::uint64_t end = std::min(first + at_a_time, extent.end());
+      // What was lost to a memory error is a page to it too; no marker is, and what is swapped out only where the swap
+      // cache has it (mm/mincore.c, mincore_pte_range).
+      if (mincore(reinterpret_cast<void*>(start + first * page_size), (end - first) * page_size, flags.data()) != 0) {
+        unreadable.add({first, end - first});
+        continue;
+      }
+      for (std::uint64_t page = first; page < end;) {
+        const bool is_resident = (flags[page - first] & 1) != 0;
+        Extent run{page, 1};
+        while (run.end() < end && ((flags[run.end() - first] & 1) != 0) == is_resident)
+          ++run.count;
+        if (!is_resident) {
+          unreadable.add(run);
+        } else if (!are_readable(start, run)) {
+          // One that is not hides the others.
+          for (std::uint64_t each = run.first; each < run.end(); ++each)
+            if (!are_readable(start, {each, 1})) unreadable.add({each, 1});
+        }
+        page = run.end();
+      }
+    }
+  return unreadable;
 }
 
 MemoryResult<bool> has_huge_entries(const void* host, std::uint64_t bytes) {

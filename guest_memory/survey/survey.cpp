@@ -195,7 +195,20 @@ static void check_content(PageSet& touched, const PageSet& whole, const Region& 
 static void add_broken(PageSet& touched, const Region& region, EvidenceSource source, RegionSurvey& report) {
   const bool is_narrowed = report.watch || report.log || report.content;
   if (!is_narrowed && (traits_of(region.backing()).counts_entries || report.evidence == Evidence::none)) return;
-  if (const auto broken = broken_entries(region.host_address(), region.bytes(), source)) {
+  auto broken = broken_entries(region.host_address(), region.bytes(), source);
+  if (broken && is_narrowed && region.backing() == Backing::anonymous) {
+    // What is swapped out is among them.
+    PageSet unwritten = union_of(region.pages(), *broken);
+    unwritten.remove(touched);
+    auto unreadable = unreadable_pages(region.host_address(), extents_of(unwritten, region.pages()));
+    if (unreadable) {
+      broken->clear();
+      broken->push_back(std::move(*unreadable));
+    } else {
+      broken = std::unexpected(unreadable.error());
+    }
+  }
+  if (broken) {
     touched.add(union_of(region.pages(), *broken));
     for (const ExtentList& list : *broken)
       report.given_up_pages += list.given_up_pages();

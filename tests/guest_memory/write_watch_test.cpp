@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <atomic>
 #include <cerrno>
 #include <csignal>
@@ -27,6 +28,7 @@
 #include "support/descriptor.hpp"
 #include "support/huge_pages_test.hpp"
 #include "support/machine_facts.hpp"
+#include "support/swap.hpp"
 
 import cppvmm.guest_memory;
 
@@ -286,6 +288,38 @@ TEST_P(WriteWatchOf, IsExactForRandomWriters) {
 }
 
 std::string name_of(const testing::TestParamInfo<Backing>& info) { return to_string(info.param); }
+
+// The swap cache has them then, as it has what was lost to a memory error in the eyes of mincore(2).
+TEST_P(WriteWatchOf, KnowsPagesThatAForkedChildBroughtBackFromSwap) {
+  if (GetParam() != Backing::anonymous) GTEST_SKIP() << "a child has no pages of its own of shared memory";
+  const auto swap = test::SwapSpace::take();
+  if (!swap) GTEST_SKIP() << swap.error();
+  ASSERT_TRUE(arm());
+  const auto swapped = [&] { return test::swapped_pages(region->host_address(), bytes); };
+  // The kernel leaves alone what is on some CPU's list just now.
+  for (int i = 0; i < 100 && std::ranges::count(swapped(), false) > 0; ++i)
+    ASSERT_EQ(madvise(region->host_address(), bytes, 21 /* MADV_PAGEOUT, Linux 5.4 */), 0);
+  const pid_t child = fork();
+  if (child == 0) {
+    for (std::uint64_t page = 0; page < region_pages; page += 2)
+      static_cast<void>(*host(0x100 + page));
+    _exit(0);
+  }
+  int status = 0;
+  ASSERT_EQ(waitpid(child, &status, 0), child);
+  EXPECT_EQ(status, 0);
+  const std::vector<bool> out = swapped();
+  const std::vector<bool> cached = test::cached_pages(region->host_address(), bytes);
+  // Of page 0x110, which holds data, nothing is left to know.
+  const auto is_in_doubt = [&](std::uint64_t page) { return out[page] && cached[page] && page != 0x10; };
+  std::vector<bool> still_out = out;
+  for (std::uint64_t page = 0; page < region_pages; ++page)
+    if (is_in_doubt(page)) still_out[page] = false;
+  if (still_out == out) GTEST_SKIP() << "the kernel keeps nothing in the swap cache";
+  expect_touched({0x110, 0x4FF});
+  EXPECT_EQ(swapped(), still_out);
+  expect_touched({0x110, 0x4FF});
+}
 
 const auto kinds = testing::Values(Backing::anonymous, Backing::memfd, Backing::shared_anonymous);
 INSTANTIATE_TEST_SUITE_P(All, WriteWatchOf, kinds, name_of);

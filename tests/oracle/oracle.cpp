@@ -608,7 +608,6 @@ private:
     while (got < 0 && errno == EINTR);
     close(ends[0]);
     if (child < 0) return false;
-    has_forked_ = true;
     if (stays)
       children_.push_back(child);
     else
@@ -1113,10 +1112,8 @@ private:
     const auto brings_it = [&](const Live& other) { return other.get() != &live && live.may_come_with(page, *other); };
     if (reason == Reason::none && std::ranges::any_of(lives_, brings_it)) reason = Reason::huge_page;
     if (reason == Reason::none) return Reason::none;
-    // What is swapped out cannot be told from what was lost; under a watch, only where the swap cache has it too, as
-    // where a forked child has looked at its own.
-    const bool may_be_lost = live.proof() == Proof::log || has_forked_;
-    if (live.is_proven(page) && may_be_lost && live.facts.paged_out && !is_shared(live.spec().memory))
+    // What is swapped out cannot be told from what was lost, but where the swap cache has it or it is protected.
+    if (live.is_proven(page) && live.proof() == Proof::log && live.facts.paged_out && !is_shared(live.spec().memory))
       return Reason::absent;
     if (live.is_proven(page)) return Reason::none;
     if (case_.mode != SurveyMode::content_check || live.spec().memory == Memory::unknown) return reason;
@@ -1129,7 +1126,6 @@ private:
   std::vector<Live> lives_;
   GuestMemory memory_;
   std::vector<pid_t> children_;
-  bool has_forked_ = false;
   bool guest_has_memory_ = false;
   std::optional<DirtyLog> log_;
   bool has_complete_log_ = false;

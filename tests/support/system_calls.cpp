@@ -36,6 +36,7 @@ constexpr unsigned long pagemap_scan = 0xC0606610;  // _IOWR('f', 16, 96 bytes)
 constexpr unsigned long procmap_query = 0xC0686611; // _IOWR('f', 17, 104 bytes)
 constexpr unsigned long uffdio_continue_request = 0xC020AA07;
 constexpr long cachestat_number = 451;
+constexpr unsigned long populate_read = 22;
 constexpr unsigned long populate_write = 23;
 constexpr unsigned long dontneed_locked = 24;
 
@@ -114,6 +115,7 @@ constexpr SystemCallFaults all_faults[] = {
     {"madvise MADV_DONTNEED", SYS_madvise, MADV_DONTNEED, discard_faults},
     {"madvise MADV_DONTNEED_LOCKED", SYS_madvise, dontneed_locked, discard_faults},
     {"madvise MADV_REMOVE", SYS_madvise, MADV_REMOVE, remove_faults},
+    {"madvise MADV_POPULATE_READ", SYS_madvise, populate_read, populate_faults},
     {"madvise MADV_POPULATE_WRITE", SYS_madvise, populate_write, populate_faults},
     {"madvise MADV_HUGEPAGE", SYS_madvise, MADV_HUGEPAGE, advice_faults},
     {"madvise MADV_NOHUGEPAGE", SYS_madvise, MADV_NOHUGEPAGE, advice_faults},
