@@ -5,6 +5,7 @@
 #include <fcntl.h>
 #include <gtest/gtest.h>
 #include <iterator>
+#include <latch>
 #include <linux/userfaultfd.h>
 #include <optional>
 #include <poll.h>
@@ -256,8 +257,14 @@ TEST_P(OwnWriteProtection, HidesNoneInAForkedChildThatHasItToo) {
   write(6);
   const test::Descriptor over(eventfd(0, EFD_CLOEXEC));
   ASSERT_TRUE(over.is_open());
-  // fork waits until the event is read; if it fails, there is none.
-  std::thread reader([&] { childs = test::Descriptor(holder->childs_userfaultfd(over.number())); });
+  // fork waits until the event is read; if it fails, there is none. What a thread needs to begin, a sanitizer holds
+  // in fork.
+  std::latch has_begun(1);
+  std::thread reader([&] {
+    has_begun.count_down();
+    childs = test::Descriptor(holder->childs_userfaultfd(over.number()));
+  });
+  has_begun.wait();
   const pid_t child = fork();
   const int refused = errno;
   if (child == 0) _exit(child_tells(memory, GetParam()) ? 0 : 1);
