@@ -1,5 +1,6 @@
 #include "machine.hpp"
 
+#include "host_peak.hpp"
 #include "layout.hpp"
 
 #include <algorithm>
@@ -254,10 +255,12 @@ public:
       if (!log) return failure(log.error());
       memory_log_ = std::move(*log);
     }
+    if (auto noted = note_start(); !noted) return std::unexpected(std::move(noted.error()));
     const auto started = Clock::now();
     start();
     io_.run();
     const auto wall = Clock::now() - started;
+    if (peak_) figures_.host_peak_bytes = peak_->growth();
 
     if (memory_log_)
       if (auto finished = memory_log_->finish(); !finished) findings_.fail(finished.error());
@@ -703,6 +706,26 @@ private:
     return {};
   }
 
+  static Result<std::uint64_t> resident_bytes(const MemoryMap& map) {
+    std::uint64_t sum = 0;
+    for (const auto& region : map.regions()) {
+      const auto bytes = region.resident_bytes();
+      if (!bytes) return failure(bytes.error().message());
+      sum += *bytes;
+    }
+    return sum;
+  }
+
+  /// What the host's memory at its peak is told from.
+  Result<void> note_start() {
+    if (options_.backing == MemoryBacking::hugetlb || options_.backing == MemoryBacking::hugetlb_memfd) return {};
+    const auto resident = resident_bytes(*memory_->snapshot());
+    if (!resident) return std::unexpected(resident.error());
+    resident_at_start_ = *resident;
+    peak_ = HostPeak::begin();
+    return {};
+  }
+
   Result<RunFigures> collect() {
     if (power_->hyperv) figures_.transport = used_for(power_->hyperv->transport());
     figures_.answers = findings_.answers();
@@ -711,11 +734,10 @@ private:
     figures_.ram_pages = map->pages(RegionKind::ram).page_count();
     if (auto collected = guest_->collect(*map, figures_); !collected)
       return std::unexpected(std::move(collected.error()));
-    for (const auto& region : map->regions()) {
-      const auto bytes = region.resident_bytes();
-      if (!bytes) return failure(bytes.error().message());
-      figures_.host_resident_bytes += *bytes;
-    }
+    const auto resident = resident_bytes(*map);
+    if (!resident) return std::unexpected(resident.error());
+    figures_.host_resident_bytes = *resident;
+    if (auto& peak = figures_.host_peak_bytes) peak = std::max(*peak + resident_at_start_, *resident);
     utsname name{};
     if (uname(&name) == 0) figures_.kernel_release = name.release;
     return std::move(figures_);
@@ -733,7 +755,9 @@ private:
   std::unique_ptr<HostMemoryLog> memory_log_;
   std::optional<SavedMachine> saved_; ///< Until it is restored.
   std::stop_source stop_;
-  RunFigures figures_; ///< Of all boots so far; what the vCPUs find out comes last.
+  std::optional<HostPeak> peak_;
+  std::uint64_t resident_at_start_ = 0; ///< Of guest memory.
+  RunFigures figures_;                  ///< Of all boots so far; what the vCPUs find out comes last.
   boost::asio::io_context io_;
   boost::asio::signal_set signals_{io_};
   int signal_ = 0; ///< That ends the run.

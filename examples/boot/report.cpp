@@ -232,6 +232,7 @@ std::string to_json(const RunFigures& figures) {
       {"guest", guest_json(figures)},
       {"nonzero_pages_at_end", number_or_null(figures.nonzero_pages_at_end)},
       {"host_resident_bytes", figures.host_resident_bytes},
+      {"host_peak_bytes", number_or_null(figures.host_peak_bytes)},
       {"vcpu_ticks", std::move(ticks)},
       {"ticks_per_second", figures.ticks_per_second},
       {"vcpu_us", figures.vcpu_us},
@@ -276,7 +277,8 @@ std::string to_text(const RunFigures& figures) {
             mebibytes(figures.heat.freed_pages * zeroing::page_bytes) + " given back of " +
             mebibytes(figures.heat.discard_pages * zeroing::page_bytes);
   if (figures.guest) text += "\nguest       zeroed " + share(figures.guest->zeroed_pages, figures.ram_pages);
-  text += "\nhost        " + mebibytes(figures.host_resident_bytes) + " resident at the end\nticks      ";
+  text += "\nhost        " + mebibytes(figures.host_resident_bytes) + " resident at the end" +
+          (figures.host_peak_bytes ? ", " + mebibytes(*figures.host_peak_bytes) + " at most" : "") + "\nticks      ";
   for (const auto& vcpu : figures.vcpu_ticks)
     text += vcpu ? " " + std::to_string(vcpu->user) + "+" + std::to_string(vcpu->system) : " unknown";
   text += " (user+system, by vCPU, " + std::to_string(figures.ticks_per_second) + " a second), " +

@@ -134,6 +134,12 @@ struct RunFigures {
   /// all zero. There must be none. With the audit only.
   std::optional<std::uint64_t> nonzero_pages_at_end;
   std::uint64_t host_resident_bytes = 0; ///< At the end.
+  /// The most host memory at any moment of the run, over all boots: what of guest memory was resident when the vCPUs
+  /// first started, and the most that the process had beyond what it had then (HostPeak). What this program itself
+  /// takes meanwhile is in it (threads, surveys, audits: a few MiB); page tables, what KVM keeps for the guest and file
+  /// pages that are not mapped are not. Never less than host_resident_bytes. Nothing for hugetlb memory, which is in no
+  /// resident set, and where /proc does not tell.
+  std::optional<std::uint64_t> host_peak_bytes;
   /// By vCPU, of all boots; nothing where the host did not tell.
   std::vector<std::optional<TickFigures>> vcpu_ticks;
   std::uint64_t ticks_per_second = 0;

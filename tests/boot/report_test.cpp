@@ -116,6 +116,17 @@ TEST(Report, FindsDataThatTheGuestTookForZeroes) {
   EXPECT_EQ(find_fault(figures), "the audit found 4 pages that hold data after the guest took them for zero");
 }
 
+TEST(Report, TellsThePeakOfHostMemoryWhereItIsKnown) {
+  RunFigures figures;
+  figures.host_resident_bytes = 3 << 20;
+  EXPECT_TRUE(json_of(figures)["host_peak_bytes"].is_null());
+  EXPECT_NE(to_text(figures).find("host        3.0 MiB resident at the end\n"), std::string::npos) << to_text(figures);
+  figures.host_peak_bytes = 64 << 20;
+  EXPECT_EQ(json_of(figures)["host_peak_bytes"], 64 << 20);
+  EXPECT_NE(to_text(figures).find("host        3.0 MiB resident at the end, 64.0 MiB at most\n"), std::string::npos)
+      << to_text(figures);
+}
+
 TEST(Report, OfManyBootsIsALine) {
   RunFigures figures;
   figures.resets = 1000;
