@@ -113,6 +113,7 @@ std::expected<Layout, std::string> make_layout(std::uint64_t memory_bytes, std::
   info.magic = zeroing::BootInfo::expected_magic;
   info.cpus = cpus;
   info.report = layout.report;
+  info.balloon_target = zeroing::no_balloon_target;
   std::ranges::copy(layout.ram, info.ram);
   info.ram_ranges = static_cast<std::uint32_t>(layout.ram.size());
   info.lives_in[0] = layout.lives_in();

@@ -64,6 +64,22 @@ std::string joined(const std::vector<std::string>& words) {
   return line;
 }
 
+/// Empty, or what is wrong with the size.
+std::string check_target(const std::string& text) {
+  const auto bytes = parse_size(text);
+  if (!bytes) return "\"" + text + "\" is not a size such as 64M or 1G";
+  return *bytes % zeroing::page_bytes == 0 ? "" : "must be a multiple of 4 KiB";
+}
+
+/// Empty, or why no guest of these can have a balloon target.
+std::string check_balloon(const Options& options) {
+  if (!options.balloon_target) return {};
+  if (*options.balloon_target > options.memory_bytes) return "must be at most what --memory is";
+  if (options.hypercalls == Hypercalls::off || !has_enlightenment(options.enlightenments, "hv-memory-hint"))
+    return "needs hv-memory-hint, by which the guest gives memory back";
+  return {};
+}
+
 Enlightenments enlightenments_of(const std::string& text) {
   if (text == "full") return {};
   if (text == "minimal") return {.set = EnlightenmentSet::minimal};
@@ -126,6 +142,7 @@ std::expected<Options, EarlyExit> parse_options(int argc, const char* const* arg
   std::string enlightenments = "full";
   std::string huge_pages = "system";
   std::string guest = "zeroing";
+  std::string target;
 
   CLI::App app(
       "Boots a guest on KVM, and tells it which of its memory is zero already when it asks. The guest is one that "
@@ -174,6 +191,13 @@ std::expected<Options, EarlyExit> parse_options(int argc, const char* const* arg
   auto* const kernel = app.add_option("--kernel", options.kernel, "Boot this Linux kernel instead: a bzImage, x86-64")
                            ->type_name("BZIMAGE")
                            ->excludes(own_guest);
+  auto* const balloon =
+      app.add_option("--balloon-target", target,
+                     "As a balloon would, the zeroing guest gives all its free memory but this much back to the host "
+                     "once it is up (HvExtCallMemoryHeatHint, cold discard)")
+          ->type_name("SIZE")
+          ->check(CLI::Validator(check_target, ""))
+          ->excludes(kernel);
   app.add_option("--initrd", options.initrd, "The kernel's initial file system")->type_name("FILE")->needs(kernel);
   app.add_option("--append", options.append, "The kernel's command line")
       ->capture_default_str()
@@ -237,7 +261,7 @@ std::expected<Options, EarlyExit> parse_options(int argc, const char* const* arg
                      "Go on with a machine that was saved on this host by this program, whose memory may be of another "
                      "backing; not to be had from strangers, for KVM is given what it holds")
           ->type_name("FILE");
-  for (CLI::Option* const other : {size, count, way, shown, leftovers, resets, own_guest, kernel})
+  for (CLI::Option* const other : {size, count, way, shown, leftovers, resets, own_guest, kernel, balloon})
     restore->excludes(other);
   app.add_option(
          "--trace", options.trace,
@@ -267,6 +291,9 @@ std::expected<Options, EarlyExit> parse_options(int argc, const char* const* arg
   options.hypercalls = transports.at(hypercalls);
   options.enlightenments = enlightenments_of(enlightenments);
   options.huge_pages = huge_page_uses.at(huge_pages);
+  if (!target.empty()) options.balloon_target = parse_size(target);
+  if (const std::string why = check_balloon(options); !why.empty())
+    return std::unexpected(EarlyExit{2, "cppvmm-boot: --balloon-target: " + why + "\n"});
   if (!options.save.empty() && options.kernel.empty() && options.restore.empty())
     return std::unexpected(EarlyExit{2, "cppvmm-boot: --save: the zeroing guest says nothing (--kernel)\n"});
   const bool is_huge = options.backing == MemoryBacking::hugetlb || options.backing == MemoryBacking::hugetlb_memfd;

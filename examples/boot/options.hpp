@@ -31,6 +31,8 @@ struct Options {
   Hypercalls hypercalls = Hypercalls::automatic;
   Enlightenments enlightenments{.set = EnlightenmentSet::full};
   HugePageUse huge_pages = HugePageUse::system;
+  /// What the zeroing guest keeps of its free memory in the end, in bytes; nothing: all.
+  std::optional<std::uint64_t> balloon_target{};
   bool idle = false;          ///< The zeroing guest is given no memory to zero.
   bool populate = false;      ///< RAM is present before the guest starts.
   bool write_watch = false;   ///< Until the first answer of a boot.

@@ -12,7 +12,7 @@ namespace {
 
 using Json = nlohmann::ordered_json;
 
-constexpr std::array<std::pair<zeroing::Seen, const char*>, 8> seen_words = {{
+constexpr std::array<std::pair<zeroing::Seen, const char*>, 9> seen_words = {{
     {zeroing::seen_hypervisor, "hypervisor"},
     {zeroing::seen_interface, "interface"},
     {zeroing::seen_hypercall_msrs, "hypercall_msrs"},
@@ -21,6 +21,7 @@ constexpr std::array<std::pair<zeroing::Seen, const char*>, 8> seen_words = {{
     {zeroing::seen_hypercall_page, "hypercall_page"},
     {zeroing::asked_capabilities, "asked_capabilities"},
     {zeroing::asked_zeroed_memory, "asked_zeroed_memory"},
+    {zeroing::gave_back, "gave_back"},
 }};
 
 /// The guest's own account: what it says, not what is known of it.
@@ -46,6 +47,10 @@ Json guest_json(const RunFigures& figures) {
       {"planned_ranges", guest.planned_ranges},
       {"planned_pages", guest.planned_pages},
       {"cpu_zeroed_pages", std::move(by_cpu)},
+      {"given_back_pages", guest.given_back_pages},
+      {"give_back_calls", guest.give_back_calls},
+      {"give_back_failures", guest.give_back_failures},
+      {"give_back_result", if_seen(zeroing::gave_back, guest.give_back_result)},
   };
 }
 
@@ -201,6 +206,7 @@ std::string to_json(const RunFigures& figures) {
       {"memory_bytes", figures.options.memory_bytes},
       {"cpus", figures.options.cpus},
       {"leftovers", figures.options.leftovers},
+      {"balloon_target_bytes", number_or_null(figures.options.balloon_target)},
       {"backing", to_string(figures.options.backing)},
       {"thp", to_string(figures.options.huge_pages)},
       {"populate", figures.options.populate},
@@ -277,6 +283,8 @@ std::string to_text(const RunFigures& figures) {
             mebibytes(figures.heat.freed_pages * zeroing::page_bytes) + " given back of " +
             mebibytes(figures.heat.discard_pages * zeroing::page_bytes);
   if (figures.guest) text += "\nguest       zeroed " + share(figures.guest->zeroed_pages, figures.ram_pages);
+  if (figures.guest && (figures.guest->seen & zeroing::gave_back) != 0)
+    text += ", gave back " + mebibytes(figures.guest->given_back_pages * zeroing::page_bytes);
   text += "\nhost        " + mebibytes(figures.host_resident_bytes) + " resident at the end" +
           (figures.host_peak_bytes ? ", " + mebibytes(*figures.host_peak_bytes) + " at most" : "") + "\nticks      ";
   for (const auto& vcpu : figures.vcpu_ticks)

@@ -70,18 +70,17 @@ public:
 
   [[nodiscard]] Result<void> load(const GuestMemory& memory) override {
     memory_ = &memory;
-    if (options_.idle) {
-      constexpr std::uint32_t none = 0;
-      const std::uint64_t at = layout_.boot_info - zeroing::image_address + offsetof(zeroing::BootInfo, ram_ranges);
-      std::memcpy(layout_.block.data() + at, &none, sizeof none);
-    }
+    if (options_.idle) tell(offsetof(zeroing::BootInfo, ram_ranges), std::uint32_t{0});
+    if (options_.balloon_target)
+      tell(offsetof(zeroing::BootInfo, balloon_target), *options_.balloon_target / zeroing::page_bytes);
     if (auto loaded = memory.load(GuestAddress(zeroing::image_address), layout_.block); !loaded)
       return failure(loaded.error().message());
     return {};
   }
 
   [[nodiscard]] Result<void> add_devices(Vm& /*vm*/) override {
-    gate_.close();
+    for (Gate& gate : gates_)
+      gate.close();
     const std::scoped_lock lock(mutex_);
     exit_code_.reset();
     return {};
@@ -116,10 +115,13 @@ public:
 
   [[nodiscard]] std::expected<VcpuAction, std::string> on_exit(Vcpu&, const Exit& exit) override {
     if (const auto action = written_to(zeroing::gate_port, exit)) {
-      if (*action == static_cast<std::uint32_t>(zeroing::GateAction::open))
-        gate_.open();
+      using enum zeroing::GateAction;
+      const auto what = static_cast<zeroing::GateAction>(*action);
+      Gate& gate = gates_.at(what == wait_zeroed || what == open_zeroed ? 1 : 0);
+      if (what == open || what == open_zeroed)
+        gate.open();
       else
-        gate_.wait();
+        gate.wait();
       return VcpuAction::resume;
     }
     if (const auto code = written_to(zeroing::exit_port, exit)) {
@@ -154,6 +156,12 @@ public:
   }
 
 private:
+  /// Puts a field of the BootInfo into what the guest starts with.
+  template <class T>
+  void tell(std::size_t offset, T value) {
+    std::memcpy(layout_.block.data() + (layout_.boot_info - zeroing::image_address) + offset, &value, sizeof value);
+  }
+
   [[nodiscard]] std::uint64_t report_word(std::size_t offset) const {
     return memory_->read_value<std::uint64_t>(GuestAddress(layout_.report + offset)).value_or(0);
   }
@@ -193,7 +201,7 @@ private:
   const Options& options_;
   Layout layout_;
   const GuestMemory* memory_ = nullptr;
-  Gate gate_;
+  std::array<Gate, 2> gates_;
   std::mutex mutex_;
   std::optional<std::uint32_t> exit_code_; // by mutex_
   std::optional<boost::asio::steady_timer> timer_;

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <gtest/gtest.h>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -46,6 +47,15 @@ TEST(BootOptions, AreTaken) {
   EXPECT_EQ(options->host_memory_log, "out.log");
   EXPECT_FALSE(options->idle);
   EXPECT_TRUE(parse({"--guest", "idle"})->idle);
+}
+
+TEST(BootOptions, ABalloonTargetIsASizeThatMemoryHas) {
+  EXPECT_EQ(parse({})->balloon_target, std::nullopt);
+  EXPECT_EQ(parse({"--balloon-target", "16M"})->balloon_target, 16U << 20);
+  EXPECT_EQ(parse({"--balloon-target", "0"})->balloon_target, 0U);
+  EXPECT_EQ(parse({"--balloon-target", "64M", "--memory", "64M"})->balloon_target, 64U << 20);
+  EXPECT_TRUE(parse({"--balloon-target", "16M", "--enlightenments", "minimal"}));
+  EXPECT_TRUE(parse({"--balloon-target", "16M", "--enlightenments", "hv-memory-hint"}));
 }
 
 TEST(BootOptions, EnlightenmentsAreASetOrAList) {
@@ -105,6 +115,13 @@ TEST(BootOptions, AMistakeIsOneLineAndStatus2) {
       {"--memory"},
       {"--json"},
       {"--backing", "hugetlb", "--memory", "5M"},
+      {"--balloon-target", "little"},
+      {"--balloon-target", "1000"},
+      {"--balloon-target", "65M", "--memory", "64M"},
+      {"--balloon-target", "16M", "--hypercalls", "off"},
+      {"--balloon-target", "16M", "--enlightenments", "hv-boot-zeroed-mem"},
+      {"--balloon-target", "16M", "--kernel", "bzImage"},
+      {"--balloon-target", "16M", "--restore", "saved"},
   };
   for (const auto& mistake : mistakes) {
     const auto options = parse(mistake);
@@ -135,7 +152,7 @@ TEST(BootOptions, HelpIsNoMistake) {
   ASSERT_FALSE(help);
   EXPECT_EQ(help.error().status, 0);
   for (const char* option : {"--memory", "--cpus", "--backing", "--hypercalls", "--guest", "--kernel", "--initrd",
-                             "--append", "--audit", "--resets", "--json", "--map"})
+                             "--append", "--audit", "--resets", "--json", "--map", "--balloon-target"})
     EXPECT_NE(help.error().text.find(option), std::string::npos) << option;
 }
 

@@ -127,6 +127,29 @@ TEST(Report, TellsThePeakOfHostMemoryWhereItIsKnown) {
       << to_text(figures);
 }
 
+TEST(Report, TellsWhatTheGuestGaveBack) {
+  RunFigures figures;
+  figures.ram_pages = 8192;
+  auto& guest = figures.guest.emplace();
+  EXPECT_TRUE(json_of(figures)["guest"]["give_back_result"].is_null());
+  EXPECT_TRUE(json_of(figures)["balloon_target_bytes"].is_null());
+  EXPECT_EQ(to_text(figures).find("gave back"), std::string::npos) << to_text(figures);
+  figures.options.balloon_target = 8 << 20;
+  guest.seen = cppvmm::zeroing::gave_back;
+  guest.given_back_pages = 512;
+  guest.give_back_calls = 3;
+  guest.give_back_failures = 1;
+  guest.give_back_result = 5;
+  const json told = json_of(figures);
+  EXPECT_EQ(told["balloon_target_bytes"], 8 << 20);
+  EXPECT_EQ(told["guest"]["seen"], json::array({"gave_back"}));
+  EXPECT_EQ(told["guest"]["given_back_pages"], 512);
+  EXPECT_EQ(told["guest"]["give_back_calls"], 3);
+  EXPECT_EQ(told["guest"]["give_back_failures"], 1);
+  EXPECT_EQ(told["guest"]["give_back_result"], 5);
+  EXPECT_NE(to_text(figures).find("(0.00 %), gave back 2.0 MiB\n"), std::string::npos) << to_text(figures);
+}
+
 TEST(Report, OfManyBootsIsALine) {
   RunFigures figures;
   figures.resets = 1000;

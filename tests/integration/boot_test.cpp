@@ -164,6 +164,111 @@ TEST_F(Boot, WithTheAnswerTheGuestTakesNoMoreMemoryThanAnIdleOne) {
   }
 }
 
+/// A guest that keeps 8 MiB of its 32 and gives the rest back once it is up, by transport, backing and number of vCPUs.
+class BootWithABalloon : public Boot,
+                         public testing::WithParamInterface<std::tuple<const char*, const char*, const char*>> {
+protected:
+  static constexpr std::uint64_t memory = std::uint64_t{32} << 20;
+  static constexpr std::uint64_t target = std::uint64_t{8} << 20;
+  /// What the guest lives in, and what this program takes meanwhile.
+  static constexpr std::uint64_t beside = std::uint64_t{6} << 20;
+
+  /// Null where there is no such transport.
+  static json run(std::vector<std::string> more) {
+    const auto& [transport, backing, cpus] = GetParam();
+    more.insert(more.end(), {"--memory", "32M", "--balloon-target", "8M", "--thp", "never", "--hypercalls", transport,
+                             "--backing", backing, "--cpus", cpus, "--json", "-"});
+    const Ended ended = boot(more);
+    if (lacks_transport(ended)) return {};
+    EXPECT_EQ(ended.status, 0) << ended.err;
+    json figures = json::parse(ended.out, nullptr, false);
+    EXPECT_FALSE(figures.is_discarded()) << ended.out;
+    if (ended.status != 0 || figures.is_discarded()) return {};
+    EXPECT_EQ(figures["hypercalls"], transport);
+    return figures;
+  }
+
+  /// It has sent what is beyond its target, in lists that were all done.
+  static void expect_given_back(const json& figures) {
+    const json& guest = figures["guest"];
+    const std::uint64_t given = guest["given_back_pages"];
+    EXPECT_LE(given + target / page, figures["ram_pages"]);
+    EXPECT_GE(given + target / page + 64, figures["ram_pages"]) << "but for what it lives in";
+    EXPECT_GE(guest["give_back_calls"], 1);
+    EXPECT_GE(figures["calls"]["0x8003"], guest["give_back_calls"]);
+    EXPECT_EQ(guest["give_back_failures"], 0);
+    EXPECT_EQ(guest["give_back_result"].get<std::uint64_t>() & 0xFFFF, 0U);
+    EXPECT_EQ(figures["heat"]["discard_pages"], given);
+    EXPECT_EQ(figures["heat"]["freed_pages"], given);
+    EXPECT_EQ(figures["heat"]["kept_pages"], 0);
+    EXPECT_EQ(figures["balloon_target_bytes"], target);
+  }
+};
+
+TEST_P(BootWithABalloon, ThatWasToldOfZeroedMemoryNeverTakesTheRest) {
+  const json figures = run({"--audit"});
+  if (figures.is_null()) GTEST_SKIP() << "this KVM lacks the transport";
+  expect_given_back(figures);
+  EXPECT_EQ(figures["unsound_pages"], 0);
+  EXPECT_EQ(figures["nonzero_pages_at_end"], 0);
+  ASSERT_FALSE(figures["host_peak_bytes"].is_null());
+  EXPECT_LT(figures["host_peak_bytes"], target + beside);
+  EXPECT_LE(figures["host_resident_bytes"], figures["host_peak_bytes"]);
+}
+
+TEST_P(BootWithABalloon, ThatWasNotToldTakesAllOfItFirst) {
+  const json figures = run({"--audit", "--enlightenments", "hv-memory-hint"});
+  if (figures.is_null()) GTEST_SKIP() << "this KVM lacks the transport";
+  expect_given_back(figures);
+  EXPECT_EQ(figures["calls"]["0x8002"], 0);
+  EXPECT_GT(figures["guest_zeroed_pages"], memory / page * 95 / 100);
+  EXPECT_EQ(figures["nonzero_pages_at_end"], 0);
+  ASSERT_FALSE(figures["host_peak_bytes"].is_null());
+  EXPECT_GT(figures["host_peak_bytes"], memory * 95 / 100);
+  EXPECT_LT(figures["host_peak_bytes"], memory + beside);
+  EXPECT_LT(figures["host_resident_bytes"], target + beside) << "what it gave back is the host's again";
+  EXPECT_GE(figures["host_resident_bytes"], target);
+}
+
+TEST_P(BootWithABalloon, GivesBackWhatWasPresentBefore) {
+  const json figures = run({"--populate"});
+  if (figures.is_null()) GTEST_SKIP() << "this KVM lacks the transport";
+  expect_given_back(figures);
+  ASSERT_FALSE(figures["host_peak_bytes"].is_null());
+  EXPECT_GE(figures["host_peak_bytes"], memory) << "it was there when the vCPUs started";
+  EXPECT_LT(figures["host_resident_bytes"], target + beside);
+}
+
+INSTANTIATE_TEST_SUITE_P(All, BootWithABalloon,
+                         testing::Combine(testing::Values("kernel", "split", "user"),
+                                          testing::Values("anonymous", "memfd"), testing::Values("1", "3")),
+                         [](const auto& info) {
+                           return std::string(std::get<0>(info.param)) + "_" + std::get<1>(info.param) + "_with_" +
+                                  std::get<2>(info.param) + "_vcpus";
+                         });
+
+TEST_F(Boot, GivesBackInEachBootAndHasOneRamAtMost) {
+  const json figures = boot_json({"--memory", "16M", "--balloon-target", "4M", "--thp", "never", "--resets", "2",
+                                  "--audit", "--enlightenments", "hv-memory-hint"});
+  ASSERT_FALSE(figures.is_null());
+  const std::uint64_t given = figures["guest"]["given_back_pages"];
+  EXPECT_GT(given, (std::uint64_t{11} << 20) / page);
+  EXPECT_EQ(figures["heat"]["discard_pages"], 3 * given);
+  EXPECT_EQ(figures["nonzero_pages_at_end"], 0);
+  ASSERT_FALSE(figures["host_peak_bytes"].is_null());
+  EXPECT_GT(figures["host_peak_bytes"], 15 << 20);
+  EXPECT_LT(figures["host_peak_bytes"], 22 << 20);
+}
+
+TEST_F(Boot, WithoutABalloonTargetGivesNothingBack) {
+  const json figures = boot_json({"--memory", "4M"});
+  ASSERT_FALSE(figures.is_null());
+  EXPECT_EQ(figures["guest"]["give_back_calls"], 0);
+  EXPECT_TRUE(figures["guest"]["give_back_result"].is_null());
+  EXPECT_TRUE(figures["balloon_target_bytes"].is_null());
+  EXPECT_EQ(figures["calls"]["0x8003"], 0);
+}
+
 TEST_F(Boot, MemoryAboveTheGapIsReportedAndZeroedToo) {
   const json figures = boot_json({"--memory", "3080M", "--backing", "memfd"});
   ASSERT_FALSE(figures.is_null());

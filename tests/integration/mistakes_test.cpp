@@ -21,6 +21,8 @@ TEST(BootMistakes, AreOneLineAndStatus2) {
   for (const std::vector<std::string>& mistake : {std::vector<std::string>{"--memory", "lots"},
                                                   {"--cpus", "0"},
                                                   {"--hypercalls", "maybe"},
+                                                  {"--balloon-target", "8M", "--hypercalls", "off"},
+                                                  {"--balloon-target", "8M", "--kernel", "bzImage"},
                                                   {"--no-such-option"}}) {
     const Ended ended = boot(mistake);
     EXPECT_EQ(ended.status, 2);
