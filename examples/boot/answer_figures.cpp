@@ -90,13 +90,18 @@ AnswerFigures describe(const BootZeroedAnswer& answer) {
   return figures;
 }
 
-std::vector<PictureRange> picture_of(const Survey& survey) {
+std::vector<PictureRange> picture_of(const Survey& survey, const PageSet& given_back) {
   std::vector<PictureRange> result;
   const auto add = [&](const PageSet& pages, PageClass what) {
     for (const auto& range : pages.ranges())
       result.push_back({range.first().value(), range.count(), what});
   };
-  add(survey.zeroed, PageClass::zeroed);
+  PageSet returned = given_back;
+  returned.intersect(survey.zeroed);
+  add(returned, PageClass::returned);
+  PageSet zeroed = survey.zeroed;
+  zeroed.remove(returned);
+  add(zeroed, PageClass::zeroed);
   PageSet left_out = survey.ram;
   left_out.remove(survey.zeroed);
   left_out.remove(survey.touched);

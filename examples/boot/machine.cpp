@@ -14,12 +14,14 @@
 #include <cerrno>
 #include <chrono>
 #include <csignal>
+#include <cstddef>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <exception>
 #include <memory>
 #include <mutex>
+#include <new>
 #include <optional>
 #include <ratio>
 #include <span>
@@ -112,13 +114,41 @@ std::expected<void, std::string> look_at_memory(const MemoryMap& map, AnswerFigu
   return {};
 }
 
+/// Pages that the guest gave back, for the picture: no more than a number of ranges, which what comes later has to fit
+/// among. For several vCPUs at the same time.
+class ReturnedPages {
+public:
+  void add(const PageSet& pages) noexcept {
+    constexpr std::size_t most_ranges = 16'384;
+    const std::scoped_lock lock(mutex_);
+    if (pages_.range_count() + pages.range_count() > most_ranges) return;
+    try {
+      pages_.add(pages);
+    } catch (const std::bad_alloc&) {
+      pages_ = {}; // the picture tells less
+    }
+  }
+  void clear() {
+    const std::scoped_lock lock(mutex_);
+    pages_ = {};
+  }
+  [[nodiscard]] PageSet pages() const {
+    const std::scoped_lock lock(mutex_);
+    return pages_;
+  }
+
+private:
+  mutable std::mutex mutex_;
+  PageSet pages_;
+};
+
 /// Called on a vCPU's thread between the answer and the guest's next instruction. The audit has a thread of its own,
 /// so that the vCPU's ticks are those of an answer without it.
 void on_answer(const BootZeroedAnswer& answer, std::uint32_t boot, const Options& options, const MemoryMap& map,
-               Findings& findings, const std::stop_token& stop) noexcept {
+               const ReturnedPages& returned, Findings& findings, const std::stop_token& stop) noexcept {
   try {
     AnswerFigures figures = describe(answer);
-    if (!options.map.empty()) figures.picture = picture_of(answer.survey);
+    if (!options.map.empty()) figures.picture = picture_of(answer.survey, returned.pages());
     if (options.audit) {
       std::expected<void, std::string> looked;
       std::thread([&] {
@@ -491,6 +521,7 @@ private:
       memory_->disarm_write_watch(region.start());
     if (auto discarded = memory_->reset(); !discarded) return failure("reset: " + discarded.error().message());
     ++figures_.resets;
+    returned_.clear();
     if (auto prepared = prepare_ram(options_, *memory_->snapshot()); !prepared)
       return failure(std::move(prepared.error()));
     return power_on();
@@ -619,12 +650,16 @@ private:
     hv.boot_zeroed_memory = has_enlightenment(options_.enlightenments, "hv-boot-zeroed-mem");
     if (has_enlightenment(options_.enlightenments, "hv-memory-hint"))
       hv.memory_heat.policy = standard_heat_policy(*memory_);
+    if (!options_.map.empty())
+      hv.memory_heat.on_hint = [this](const HeatHinted& hinted) {
+        if (hinted.done.freed_pages != 0) returned_.add(hinted.pages);
+      };
     hv.extended_hypercalls = hv.boot_zeroed_memory || hv.memory_heat.policy ||
                              has_enlightenment(options_.enlightenments, "hv-ext-query-caps");
     hv.on_boot_zeroed = [this](const BootZeroedAnswer& answer) {
       const std::lock_guard lock(answering_);
       if (memory_log_) memory_log_->add_answer();
-      on_answer(answer, figures_.resets + 1, options_, *memory_->snapshot(), findings_, stop_.get_token());
+      on_answer(answer, figures_.resets + 1, options_, *memory_->snapshot(), returned_, findings_, stop_.get_token());
       end_preparations();
     };
     if (trace_)
@@ -750,7 +785,8 @@ private:
   std::vector<std::shared_ptr<OwnMapping>> mappings_;
   std::unique_ptr<GuestMemory> memory_;
   Findings findings_;
-  std::mutex answering_; // one audit at a time
+  ReturnedPages returned_; ///< Of this boot.
+  std::mutex answering_;   // one audit at a time
   std::unique_ptr<TraceFile> trace_;
   std::unique_ptr<HostMemoryLog> memory_log_;
   std::optional<SavedMachine> saved_; ///< Until it is restored.

@@ -11,11 +11,12 @@ namespace cppvmm::boot {
 namespace {
 
 constexpr unsigned page_shift = 12;
-constexpr std::size_t ram_classes = 7;
+constexpr std::size_t ram_classes = 8;
 constexpr std::size_t not_ram = ram_classes; ///< The index of what is no RAM, after those of the PageClasses.
 constexpr std::size_t classes = ram_classes + 1;
 constexpr auto several = static_cast<std::size_t>(PageClass::several);
 constexpr auto left_out = static_cast<std::size_t>(PageClass::left_out);
+constexpr auto returned = static_cast<std::size_t>(PageClass::returned);
 constexpr auto zeroed = static_cast<std::size_t>(PageClass::zeroed);
 
 struct Look {
@@ -35,13 +36,16 @@ constexpr std::array<Look, classes> looks = {{
     {"several", "several", "written by more than one of these", "several wrote there", "S", 220},
     {"unknown", "unknown", "may hold data, its writer is not known", "may hold data", "U", 248},
     {"left out", "left", "about to be written, as the answer itself", "about to be written", "L", 252},
+    {"returned", "back", "given back by the guest, and known to be zero", "the guest gave back", "R", 43},
     {"zeroed", "zero", "known to be zero", "known to be zero", "░", 23},
     {"not RAM", "hole", "addresses without memory, between RAM", "no memory there", "·", 244},
 }};
-// Several, left out and not RAM are shown only where there are any.
-constexpr std::array<std::size_t, classes> legend_order = {zeroed, 0, 1, 2, 3, 4, 5, not_ram};
+// Several, left out, returned and not RAM are shown only where there are any.
+constexpr std::array<std::size_t, classes> legend_order = {zeroed, returned, 0, 1, 2, 3, 4, 5, not_ram};
 
-bool always_in_legend(std::size_t kind) { return kind != several && kind != left_out && kind != not_ram; }
+bool always_in_legend(std::size_t kind) {
+  return kind != several && kind != left_out && kind != returned && kind != not_ram;
+}
 
 using Counts = std::array<std::uint64_t, classes>; ///< Pages, by PageClass and not_ram.
 
@@ -133,7 +137,9 @@ std::uint64_t ram_pages(const Counts& counts) {
   return pages;
 }
 
-std::uint64_t touched_pages(const Counts& counts) { return ram_pages(counts) - counts[zeroed] - counts[left_out]; }
+std::uint64_t touched_pages(const Counts& counts) {
+  return ram_pages(counts) - counts[zeroed] - counts[returned] - counts[left_out];
+}
 
 std::string title_of(const Picture& picture, std::uint64_t ram) {
   return "Guest memory: " + size_text(ram) + (picture.backing.empty() ? "" : ", " + picture.backing);
@@ -353,6 +359,7 @@ constexpr std::string_view style = R"(<style>
   .several { fill: url(#several); }
   .unknown { fill: #646d78; }
   .left { fill: url(#left); }
+  .back { fill: #4f9d8c; }
   .hole { fill: url(#hole); }
   .on-zero { fill: none; stroke: #1f2328; stroke-width: 1.2; }
   .on-hole { fill: none; stroke: #b3bac2; stroke-width: 1.2; }
@@ -368,6 +375,7 @@ constexpr std::string_view style = R"(<style>
     .guest { fill: #ff9440; }
     .device { fill: #ffd3f5; }
     .unknown { fill: #939ca6; }
+    .back { fill: #3f9c8f; }
     .on-zero { stroke: #e6edf3; }
     .on-hole { stroke: #3d444d; }
   }
@@ -567,9 +575,10 @@ struct Ink {
 
 /// What one character shows of a cell.
 struct Glyph {
-  std::size_t kind = not_ram; ///< The touched kind with the most pages, else zeroed, else not_ram.
-  unsigned eighths = 0;       ///< How much of the cell's RAM is touched or left out: 0 and 8 only for none and all.
-  bool beyond = false;        ///< Beyond the end of memory.
+  std::size_t kind = not_ram; ///< The touched kind with the most pages, else returned, else zeroed, else not_ram.
+  unsigned eighths = 0; ///< How much of the cell's RAM is touched or left out, else given back: 0 and 8 only for none
+                        ///< and all.
+  bool beyond = false;  ///< Beyond the end of memory.
   friend bool operator==(const Glyph&, const Glyph&) = default;
 };
 
@@ -577,9 +586,10 @@ Glyph glyph_of(const Counts& cell) {
   if (total(cell) == 0) return {.beyond = true};
   const std::uint64_t ram = ram_pages(cell);
   if (ram == 0) return {};
-  const std::uint64_t marked = ram - cell[zeroed];
+  const std::uint64_t used = ram - cell[zeroed] - cell[returned];
+  const std::uint64_t marked = used != 0 ? used : cell[returned];
   if (marked == 0) return {.kind = zeroed};
-  const auto* most = std::ranges::max_element(cell.begin(), cell.begin() + zeroed);
+  const auto* most = used != 0 ? std::ranges::max_element(cell.begin(), cell.begin() + returned) : &cell[returned];
   // A lone eighth is easily overlooked.
   const auto eighths = marked == ram ? 8U : std::clamp(static_cast<unsigned>(marked * 8 / ram), 2U, 7U);
   return {.kind = static_cast<std::size_t>(most - cell.begin()), .eighths = eighths};

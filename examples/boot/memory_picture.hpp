@@ -9,7 +9,7 @@
 
 namespace cppvmm::boot {
 
-/// What is known of a page of RAM. The order is that of the legend's touched kinds, from the bottom of a cell upwards.
+/// What is known of a page of RAM. The order is that in a cell, from its bottom upwards.
 enum class PageClass : std::uint8_t {
   host,     ///< Written by the VMM or a process that serves it.
   guest,    ///< Written by a vCPU.
@@ -17,7 +17,8 @@ enum class PageClass : std::uint8_t {
   several,  ///< Written by more than one of these.
   unknown,  ///< May hold data; who wrote it is not known.
   left_out, ///< Neither touched nor counted as zeroed: about to be written, as the page of the answer is.
-  zeroed,   ///< Known to be zero.
+  returned, ///< Given back by the guest, and known to be zero.
+  zeroed,   ///< Known to be zero otherwise.
 };
 
 /// The word for it in the legends, e.g. "left out".

@@ -61,7 +61,7 @@ Picture scattered() {
     page += 1 + random() % (110 * 5 / density);
     const std::uint64_t count = 1 + random() % (3 * density);
     const bool in_hole = page + count > 3 * gib && page < 4 * gib;
-    if (!in_hole) touched.push_back({page, count, static_cast<PageClass>(random() % 6)});
+    if (!in_hole) touched.push_back({page, count, static_cast<PageClass>(random() % 7)});
     page += count;
   }
   return picture_of(pc(64 * gib), touched);
@@ -81,6 +81,7 @@ std::map<std::string, Picture> pictures() {
       {"4 MiB", picture_of(pc(4 * mib), {{0, 3, PageClass::unknown}, {9, 1, PageClass::left_out}})},
       {"64 MiB", picture_of(pc(64 * mib), {{16, 40, PageClass::host}, {5000, 1, PageClass::device}})},
       {"3 GiB and a little", picture_of(pc(3 * gib + 8 * mib), {{4 * gib, 1, PageClass::guest}})},
+      {"returned", picture_of(pc(64 * mib), {{16, 40, PageClass::host}, {512, 8192, PageClass::returned}})},
       {"1 TiB", picture_of(pc(tib), {{tib - 1, 1, PageClass::guest}})},
       {"8 TiB", picture_of(pc(8 * tib))},
       {"all touched", picture_of({{0, 16 * mib}}, {{0, 16 * mib, PageClass::unknown}})},
@@ -189,14 +190,16 @@ TEST(MemoryPicture, FiguresAreThoseOfTheRanges) {
                                                                 {100, 1, PageClass::device},
                                                                 {101, 2, PageClass::several},
                                                                 {2000, 300, PageClass::unknown},
-                                                                {2400, 4, PageClass::left_out}});
-  const std::map<std::string, std::uint64_t> ram = {{"zeroed", 1166}, {"host", 7},      {"guest", 20},  {"device", 1},
-                                                    {"several", 2},   {"unknown", 300}, {"left out", 4}};
+                                                                {2400, 4, PageClass::left_out},
+                                                                {2404, 66, PageClass::returned}});
+  const std::map<std::string, std::uint64_t> ram = {{"zeroed", 1100}, {"host", 7},     {"guest", 20},
+                                                    {"device", 1},    {"several", 2},  {"unknown", 300},
+                                                    {"left out", 4},  {"returned", 66}};
   auto with_hole = ram;
   with_hole["not RAM"] = 1000;
   EXPECT_EQ(legend_of(to_svg(picture)), with_hole);
   EXPECT_EQ(terminal_legend_of(to_terminal(picture, 80, false)), ram);
-  EXPECT_NE(to_svg(picture).find("touched: 330 pages"), std::string::npos) << "not what is left out";
+  EXPECT_NE(to_svg(picture).find("touched: 330 pages"), std::string::npos) << "not what is left out or returned";
   EXPECT_NE(to_terminal(picture, 80, false).find("touched: 330 pages"), std::string::npos);
 }
 
@@ -251,6 +254,24 @@ TEST(MemoryPicture, OneZeroedPageAmongTouchedOnesIsSeenToo) {
   const Picture picture = picture_of({{0, tib}}, {{0, tib - 1, PageClass::unknown}});
   EXPECT_EQ(occurrences(to_svg(picture), "<path class=\"zero\""), 1U);
   EXPECT_NE(to_terminal(picture, 80, true).find("▇"), std::string::npos);
+}
+
+TEST(MemoryPicture, ReturnedPagesHideNoOthers) {
+  const Picture picture = picture_of(
+      {{0, 64 * mib}}, {{16, 13, PageClass::returned}, {29, 1, PageClass::guest}, {32, 16, PageClass::returned}});
+  EXPECT_NE(to_terminal(picture, 80, false).find("     0  ░gR░"), std::string::npos) << to_terminal(picture, 80, false);
+  EXPECT_NE(to_terminal(picture, 80, true).find("\033[38;5;208;48;5;23m▂\033[0m\033[38;5;43;48;5;23m█"),
+            std::string::npos);
+  EXPECT_EQ(occurrences(to_svg(picture), "<path class=\"guest\""), 1U);
+  EXPECT_EQ(occurrences(to_svg(picture), "<path class=\"back\""), 1U);
+}
+
+TEST(MemoryPicture, TellsOfReturnedPagesWhereThereAreAny) {
+  const Picture none = picture_of({{0, 16}});
+  EXPECT_EQ(to_svg(none).find("data-kind=\"returned\""), std::string::npos);
+  EXPECT_EQ(to_terminal(none, 80, false).find("returned"), std::string::npos);
+  EXPECT_NE(to_terminal(picture_of({{0, 16}}, {{4, 4, PageClass::returned}}), 80, false).find("the guest gave back"),
+            std::string::npos);
 }
 
 TEST(MemoryPicture, IsOfBoundedSizeHoweverManyRangesThereAre) {
@@ -372,12 +393,13 @@ TEST(MemoryPicture, ColoursOnlyAddColours) {
 }
 
 TEST(MemoryPicture, WithoutColoursEachKindHasALetter) {
-  const std::array<std::pair<PageClass, const char*>, 6> letters = {{{PageClass::host, "Hh"},
+  const std::array<std::pair<PageClass, const char*>, 7> letters = {{{PageClass::host, "Hh"},
                                                                      {PageClass::guest, "Gg"},
                                                                      {PageClass::device, "Dd"},
                                                                      {PageClass::several, "Ss"},
                                                                      {PageClass::unknown, "Uu"},
-                                                                     {PageClass::left_out, "Ll"}}};
+                                                                     {PageClass::left_out, "Ll"},
+                                                                     {PageClass::returned, "Rr"}}};
   for (const auto& [what, letter] : letters) {
     // 64 MiB in 1024 cells of 16 pages.
     const std::string text =

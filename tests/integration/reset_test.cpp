@@ -9,8 +9,10 @@
 #include <cstddef>
 #include <cstdint>
 #include <gtest/gtest.h>
+#include <map>
 #include <nlohmann/json.hpp>
 #include <optional>
+#include <regex>
 #include <string>
 #include <string_view>
 #include <termios.h>
@@ -25,12 +27,13 @@
 //   e  say who it is, and enable the hypercall page
 //   a  HvExtCallGetBootZeroedMemory (no success: crash)
 //   d  write to each of 512 pages
+//   f  give them back, by a cold discard of HvExtCallMemoryHeatHint (no success: crash)
 //   p  start the other processors, which wait for x and reset the machine then
 //   x  see p
 //   r  reset the machine
 //   c  crash
-// Others are printed. In RAM, from 24 MiB on: the hypercall page, the answer, the stack; and from 25 MiB on the 512
-// pages. The other processors' code is at 0x9000, and two flags of theirs in the page after it.
+// Others are printed. In RAM, from 24 MiB on: the hypercall page, the answer, the stack, the hint; and from 25 MiB on
+// the 512 pages. The other processors' code is at 0x9000, and two flags of theirs in the page after it.
 asm(".section .rodata\n"
     "commanded_kernel:\n"
     "  mov $0x1803000, %esp; mov 0x228(%rsi), %ebp\n" // cmd_line_ptr
@@ -40,7 +43,7 @@ asm(".section .rodata\n"
     "  mov $0x3F8, %dx; in %dx, %al; call commanded_do; jmp 3b\n"
     "commanded_do:\n"
     "  cmp $'e', %al; je 1f; cmp $'a', %al; je 2f; cmp $'d', %al; je 3f\n"
-    "  cmp $'p', %al; je 5f; cmp $'x', %al; je 7f; cmp $'r', %al; je 8f; cmp $'c', %al; je 9f\n"
+    "  cmp $'f', %al; je 10f; cmp $'p', %al; je 5f; cmp $'x', %al; je 7f; cmp $'r', %al; je 8f; cmp $'c', %al; je 9f\n"
     "commanded_print: mov $0x3F8, %dx; out %al, %dx; ret\n"
     "1: mov $0x40000000, %ecx; mov $1, %eax; xor %edx, %edx; wrmsr\n"
     "  inc %ecx; mov $0x1800001, %eax; wrmsr; ret\n"
@@ -55,6 +58,8 @@ asm(".section .rodata\n"
     "7: movb $1, 0xA000; ret\n"
     "8: mov $0xFE, %al; out %al, $0x64; jmp .\n"
     "9: ud2\n"
+    "10: mov $0x1803000, %edx; movq $2, (%rdx); movq $(0x1900000 | 511), 8(%rdx)\n"
+    "  movabs $0x100008003, %rcx; mov $0x1800000, %eax; call *%rax; test %ax, %ax; jnz 9b; ret\n"
     ".code16\n"
     "commanded_other: movb $1, 0xA001\n"
     "1: cmpb $0, 0xA000; je 1b\n"
@@ -246,6 +251,62 @@ TEST_P(ResetPrepares, ForAnAnswerAgainThoughNoneWasAskedFor) {
 INSTANTIATE_TEST_SUITE_P(With, ResetPrepares, testing::Values("--write-watch", "--dirty-log"), [](const auto& info) {
   return std::string(info.param) == "--dirty-log" ? "TheDirtyLog" : "AWriteWatch";
 });
+
+/// Pages by kind in the picture's legend.
+std::map<std::string, std::uint64_t> drawn_pages(const std::string& svg) {
+  const std::regex kind("<g data-kind=\"([a-zA-Z ]+)\" data-pages=\"([0-9]+)\">");
+  std::map<std::string, std::uint64_t> pages;
+  for (auto match = std::sregex_iterator(svg.begin(), svg.end(), kind); match != std::sregex_iterator(); ++match)
+    pages[(*match)[1]] = std::stoull((*match)[2]);
+  return pages;
+}
+
+/// The picture as the last answer found it, after the commands.
+class PictureAfter : public Reset {
+protected:
+  std::map<std::string, std::uint64_t> draw(const std::string& commands, const std::string& resets) {
+    const File picture("picture", "");
+    const Ended ended =
+        run_program(CPPVMM_BOOT, arguments(commands, resets, {"--audit", "--thp", "never", "--map", picture.path()}));
+    EXPECT_EQ(ended.status, 0) << ended.err;
+    const json figures = json::parse(ended.out, nullptr, false);
+    EXPECT_FALSE(figures.is_discarded()) << ended.out;
+    if (figures.is_discarded()) return {};
+    EXPECT_EQ(figures["unsound_answers"], 0);
+    const auto pages = drawn_pages(contents(picture.path()));
+    std::uint64_t ram = 0;
+    for (const auto& [word, count] : pages)
+      if (word != "not RAM") ram += count;
+    EXPECT_EQ(ram, ram_pages);
+    return pages;
+  }
+};
+
+TEST_F(PictureAfter, PagesWereGivenBackShowsThem) {
+  auto pages = draw("edfar", "0");
+  EXPECT_EQ(pages["returned"], dirtied_pages);
+  EXPECT_GT(pages["zeroed"], ram_pages - dirtied_pages - 64);
+  EXPECT_LE(pages["zeroed"], ram_pages - dirtied_pages);
+}
+
+TEST_F(PictureAfter, PagesWereWrittenAgainShowsNoneGivenBack) {
+  auto pages = draw("edfdar", "0");
+  EXPECT_EQ(pages["returned"], 0U);
+  EXPECT_LE(pages["zeroed"], ram_pages - dirtied_pages);
+}
+
+TEST_F(PictureAfter, AResetShowsWhatThisBootGaveBack) {
+  EXPECT_EQ(draw("eadfar", "2")["returned"], dirtied_pages);
+  const File picture("picture", "");
+  Program program(CPPVMM_BOOT, arguments("", "1", {"--map", picture.path()}), Stderr::terminal, Stdin::pipe);
+  ASSERT_TRUE(program.wait_for_stderr(">")) << program.wait().err;
+  program.send("edfa1r");
+  ASSERT_TRUE(program.wait_for_stderr("1>")) << program.wait().err;
+  program.send("ea2r");
+  const Ended ended = program.wait();
+  EXPECT_EQ(ended.status, 0) << ended.err;
+  EXPECT_EQ(drawn_pages(contents(picture.path()))["returned"], 0U) << "those of the boot before";
+}
 
 TEST_F(Reset, ListsTheBootsThatAsked) {
   Program program(CPPVMM_BOOT, arguments("", "2", {"--audit"}), Stderr::terminal, Stdin::pipe);
@@ -448,7 +509,8 @@ TEST_P(LinuxAsksAgain, AndIsAnsweredNearlyAsMuch) {
   ASSERT_FALSE(figures.is_discarded()) << ended.out;
   EXPECT_EQ(figures["resets"], 1);
   EXPECT_EQ(figures["unsound_answers"], 0);
-  EXPECT_EQ(figures["calls"], json({{"0x8001", 4}, {"0x8002", 2}, {"0x8003", 0}, {"other", 0}})) << "Linux itself asks once a boot";
+  EXPECT_EQ(figures["calls"], json({{"0x8001", 4}, {"0x8002", 2}, {"0x8003", 0}, {"other", 0}}))
+      << "Linux itself asks once a boot";
   EXPECT_EQ(by_boot(figures, "boot"), (std::vector<json>{1, 2}));
 
   const auto results = module_results(ended.err);
