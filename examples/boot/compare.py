@@ -1,10 +1,12 @@
 #!/usr/bin/env python3
-"""compare.py [--emulated] OFF.json ASKED.json...: runs of cppvmm-boot side by side, one without the hypercalls and one
-for each way that they take. With --emulated it says that the times are those of an emulated processor.
+"""compare.py [--emulated] [--balloon UNTOLD.json TOLD.json] OFF.json ASKED.json...: runs of cppvmm-boot side by side,
+one without the hypercalls and one for each way that they take; and two with a balloon target, of which one was not told
+of zeroed memory. With --emulated it says that the times are those of an emulated processor.
 
 The exit status is 1 when an answer was unsound, or when there was none.
 """
 
+import argparse
 import json
 import sys
 
@@ -26,8 +28,17 @@ def column(run):
         rows[f"vCPU {vcpu}: user time"] = seconds(run, vcpu, 0)
         rows[f"vCPU {vcpu}: system time"] = seconds(run, vcpu, 1)
     rows["pages the guest zeroed itself"] = share(run["guest_zeroed_pages"], run["ram_pages"])
-    rows["host memory at the end"] = f"{run['host_resident_bytes'] / 2**20:.1f} MiB"
+    rows |= host_memory(run)
     return rows
+
+
+def host_memory(run):
+    """The rows of the host's memory."""
+    peak = run["host_peak_bytes"]
+    return {
+        "host memory at its peak": "unknown" if peak is None else f"{peak / 2**20:.1f} MiB",
+        "host memory at the end": f"{run['host_resident_bytes'] / 2**20:.1f} MiB",
+    }
 
 
 def answer(run):
@@ -43,21 +54,38 @@ def answer(run):
     ), unsound == 0
 
 
-def main():
-    paths = sys.argv[1:]
-    emulated = "--emulated" in paths
-    runs = [json.load(open(path, encoding="utf-8")) for path in paths if path != "--emulated"]
-    columns = [column(run) for run in runs]
-    table = [("", "zeroes everything") + ("asks first",) * (len(runs) - 1)]
+def print_table(columns):
+    """Of a run that zeroes everything and of those that ask."""
+    table = [("", "zeroes everything") + ("asks first",) * (len(columns) - 1)]
     table += [(row, *(one.get(row, "") for one in columns)) for row in columns[-1]]
     widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
-    print(f"\nA guest with {runs[0]['memory_bytes'] // 2**20} MiB that wants its memory zeroed:\n")
     for number, line in enumerate(table):
         print("  ".join(text.ljust(width) for text, width in zip(line, widths)).rstrip())
         if number == 0:
             print("  ".join("-" * width for width in widths))
-    if emulated:
+
+
+def load(path):
+    with open(path, encoding="utf-8") as file:
+        return json.load(file)
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--emulated", action="store_true")
+    parser.add_argument("--balloon", nargs=2, metavar=("UNTOLD", "TOLD"), default=[])
+    parser.add_argument("runs", nargs="+")
+    arguments = parser.parse_args()
+    runs = [load(path) for path in arguments.runs]
+    print(f"\nA guest with {runs[0]['memory_bytes'] // 2**20} MiB that wants its memory zeroed:\n")
+    print_table([column(run) for run in runs])
+    if arguments.emulated:
         print("\nThe times are those of an emulated processor: only how they compare says something.")
+    if arguments.balloon:
+        balloons = [load(path) for path in arguments.balloon]
+        target = balloons[-1]["balloon_target_bytes"] // 2**20
+        print(f"\nThe same guest that keeps {target} MiB, and gives the rest back once it is up (0x8003):\n")
+        print_table([host_memory(run) for run in balloons])
 
     answers = [answer(run) for run in runs[1:]]
     for text, _ in answers:

@@ -3,6 +3,7 @@ without_kvm.sh. TEST is a class below; PROGRAMs are the tests with the label kvm
 
 import json
 import pathlib
+import re
 import subprocess
 import sys
 import tempfile
@@ -103,6 +104,10 @@ class DemoRunsInTheLab(unittest.TestCase):
         ways = "".join(rf" +{way} \(0x8001 1x, 0x8002 1x\)" for way in ("kernel", "split", "user"))
         self.assertRegex(done.stdout, "(?m)^hypercalls +off" + ways)
         self.assertEqual(done.stdout.count(": 0 unsound "), 3, done.stdout)
+        # With a balloon target, the peaks of who was not told and of who was.
+        untold, told = re.findall(r"^host memory at its peak +([0-9.]+) MiB +([0-9.]+) MiB$", done.stdout, re.M)[-1]
+        self.assertGreater(float(untold), 60, done.stdout)
+        self.assertLess(float(told), 24, done.stdout)
 
 
 class BootRunsInTheLab(unittest.TestCase):
