@@ -56,6 +56,11 @@ class NothingIsMadeInDev(unittest.TestCase):
             self.assertEqual(done.returncode, 1, done.stderr)
             self.assertRegex(done.stderr, r"(?m)^dev: there is no /dev/kvm: ")
 
+    def test_by_a_storm(self):
+        done = without_kvm(ROOT / "dev", "storm")
+        self.assertEqual(done.returncode, 1, done.stderr)
+        self.assertRegex(done.stderr, r"(?m)^dev: there is no /dev/kvm: ")
+
 
 class TestsOfKvmNeedIt(unittest.TestCase):
     def test_each(self):
