@@ -8,6 +8,7 @@ module;
 #include <expected>
 #include <functional>
 #include <memory>
+#include <mutex>
 #include <optional>
 #include <span>
 #include <utility>
@@ -44,20 +45,69 @@ BootZeroedOutput encode_boot_zeroed(std::span<const PageRange> ranges) {
   return output;
 }
 
+struct BootZeroedState;
+
+/// An answer from its call to its end: what it has to leave out are the outputs of all that were in progress meanwhile,
+/// which hold data in the end.
+class AnswerInProgress {
+public:
+  AnswerInProgress(BootZeroedState& all, GuestAddress to);
+  ~AnswerInProgress();
+  AnswerInProgress(const AnswerInProgress&) = delete;
+  AnswerInProgress& operator=(const AnswerInProgress&) = delete;
+
+  GuestAddress output;
+  PageSet leave_out;
+  bool knows_all = true; ///< So many may come that they would take memory without bound: then nothing is reported.
+
+private:
+  static constexpr std::size_t most_ranges = 4096;
+  BootZeroedState& state_;
+};
+
+/// A survey, and what was not to be reported when it began.
+struct LeavingSurvey {
+  Survey survey;
+  PageSet leave_out;
+};
+
 /// What the copies of a row share.
 struct BootZeroedState {
-  using Surveys = SharedRuns<EvidenceSource, Survey>;
+  using Surveys = SharedRuns<EvidenceSource, LeavingSurvey>;
 
   const GuestMemory& memory;
   BootZeroedOptions options;
+  std::mutex mutex;
+  std::vector<AnswerInProgress*> in_progress; // with the mutex, and so is what they are told
   // Of the answers' own: GuestMemory's surveys are copied for each who shares one, and on_answer may ask for one too.
   Surveys surveys{2};
 
   BootZeroedState(const GuestMemory& guest_memory, BootZeroedOptions chosen)
       : memory(guest_memory), options(std::move(chosen)) {}
   [[nodiscard]] HvStatus answer(GuestAddress output);
-  [[nodiscard]] HvStatus answer(GuestAddress output, const Survey& survey, const PageSet& leave_out);
+  [[nodiscard]] HvStatus answer(AnswerInProgress& own, const LeavingSurvey& found);
 };
+
+AnswerInProgress::AnswerInProgress(BootZeroedState& all, GuestAddress to) : output(to), state_(all) {
+  const auto add = [](AnswerInProgress& answer, PageNumber page) {
+    if (answer.leave_out.range_count() >= most_ranges)
+      answer.knows_all = false;
+    else if (const auto range = PageRange::make(page, 1))
+      answer.leave_out.add(*range);
+  };
+  add(*this, output.page());
+  const std::lock_guard lock(state_.mutex);
+  for (AnswerInProgress* const other : state_.in_progress) {
+    add(*this, other->output.page());
+    add(*other, output.page());
+  }
+  state_.in_progress.push_back(this);
+}
+
+AnswerInProgress::~AnswerInProgress() {
+  const std::lock_guard lock(state_.mutex);
+  std::erase(state_.in_progress, this);
+}
 
 /// `time` after `begin`, or never.
 static Clock::time_point end_of(Clock::time_point begin, std::chrono::nanoseconds time) {
@@ -68,33 +118,44 @@ HvStatus BootZeroedState::answer(GuestAddress output) {
   const Clock::time_point begin = Clock::now();
   SurveyOptions chosen = options.survey ? options.survey() : SurveyOptions{};
   const Clock::time_point end = end_of(begin, chosen.max_time);
-  PageSet leave_out = std::exchange(chosen.leave_out, {});
-  if (const auto own = PageRange::make(output.page(), 1)) leave_out.add(*own);
+  AnswerInProgress own(*this, output);
   std::optional<EvidenceSource> shared_by;
   if (!chosen.content_check) shared_by = chosen.source;
   const auto survey_now = [&] {
     if (end != Clock::time_point::max()) chosen.max_time = std::max(end - Clock::now(), Clock::duration::zero());
-    return memory.survey(chosen);
+    // Others have come while this one waited, and what is in use has changed.
+    LeavingSurvey found{.survey = {}, .leave_out = options.survey ? options.survey().leave_out : PageSet{}};
+    found.leave_out.add(std::exchange(chosen.leave_out, {}));
+    found.survey = memory.survey(chosen);
+    return found;
   };
   const auto run = [&]() -> Surveys::Given {
-    Survey survey = survey_now();
+    LeavingSurvey found = survey_now();
     // What one call had no time for, another may have.
     const bool may_be_stopped = chosen.stop.stop_requested() || Clock::now() >= end;
-    return {.result = std::move(survey), .may_be_shared = !may_be_stopped};
+    return {.result = std::move(found), .may_be_shared = !may_be_stopped};
   };
   HvStatus status = HvStatus::success;
-  const auto use = [&](const Survey& survey, bool) { status = answer(output, survey, leave_out); };
+  const auto use = [&](const LeavingSurvey& found, bool) { status = answer(own, found); };
   // Where the wait was ended, this one ends at once.
   if (!surveys.use(shared_by, chosen.stop, end, run, use)) use(survey_now(), true);
   return status;
 }
 
-HvStatus BootZeroedState::answer(GuestAddress output, const Survey& survey, const PageSet& leave_out) {
-  const BootZeroedAnswer answer{.output = output,
-                                .ranges = survey.zeroed.largest(hv_boot_zeroed_max_ranges, leave_out),
-                                .survey = survey,
-                                .leave_out = leave_out};
-  if (!memory.write(output, encode_boot_zeroed(answer.ranges))) return HvStatus::invalid_parameter;
+HvStatus BootZeroedState::answer(AnswerInProgress& own, const LeavingSurvey& found) {
+  std::vector<PageRange> ranges;
+  PageSet leave_out = found.leave_out;
+  bool knows_all = true;
+  {
+    // Who begins later has another survey before it writes.
+    const std::lock_guard lock(mutex);
+    leave_out.add(own.leave_out);
+    knows_all = own.knows_all;
+  }
+  if (knows_all) ranges = found.survey.zeroed.largest(hv_boot_zeroed_max_ranges, leave_out);
+  if (!memory.write(own.output, encode_boot_zeroed(ranges))) return HvStatus::invalid_parameter;
+  const BootZeroedAnswer answer{
+      .output = own.output, .ranges = std::move(ranges), .survey = found.survey, .leave_out = leave_out};
   if (options.on_answer) options.on_answer(answer);
   return HvStatus::success;
 }

@@ -38,9 +38,9 @@ export struct BootZeroedAnswer {
 
 /// How HvExtCallGetBootZeroedMemory is answered.
 export struct BootZeroedOptions {
-  /// How memory is surveyed, asked for at each answer; leave_out names pages that must not be reported: the outputs of
-  /// other calls in progress, the hypercall page. Throws nothing but std::bad_alloc. May be null: SurveyOptions{}. (The
-  /// call's own output page is left out in any case.)
+  /// How memory is surveyed, asked for at each call, and what it leaves out again when the survey begins; leave_out
+  /// names pages that must not be reported: the outputs of other calls in progress, the hypercall page. Throws nothing
+  /// but std::bad_alloc. May be null: SurveyOptions{}. (The call's own output page is left out in any case.)
   std::function<SurveyOptions()> survey{};
   /// Called on the calling vCPU's thread, after the answer was written and before the call returns; for several vCPUs
   /// at the same time. The survey is kept for so long, and no third is made. Must not throw. May be null.

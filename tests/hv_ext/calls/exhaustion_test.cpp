@@ -64,13 +64,15 @@ protected:
 
   /// Another vCPU, which asks.
   std::jthread ask() {
-    const std::uint64_t output = (4 * ++asked + 1) * page_size;
+    const GuestAddress output = output_of(++asked);
     return std::jthread([this, output] {
       HvCheckedCall call;
-      call.output = GuestAddress(output);
+      call.output = output;
       EXPECT_EQ(row.handler(call).status, HvStatus::success);
     });
   }
+  /// Of the vCPU that asks as the so manieth; nobody has written there.
+  static GuestAddress output_of(std::uint64_t vcpu) { return GuestAddress((4 * vcpu + 2) * page_size); }
   void wait_until(const int& count, int reaches) {
     std::unique_lock lock(mutex);
     changed.wait(lock, [&] { return count >= reaches; });
@@ -125,6 +127,32 @@ TEST_F(Vcpus, ShareSurveysOfWhichThereAreTwo) {
   EXPECT_EQ(answered, 8);
   EXPECT_LT(costs.size(), 8U);
   EXPECT_LT(of_all, of_two / 2) << "more than another one of what there were two of";
+}
+
+// An answer that was written is data, and so no other names its page, however late its call came.
+TEST_F(Vcpus, LeaveOutEachOthersOutputs) {
+  std::vector<std::jthread> vcpus;
+  for (int i = 1; i <= 2; ++i) {
+    vcpus.push_back(ask());
+    wait_until(answered, i);
+  }
+  for (int i = 3; i <= 6; ++i) {
+    vcpus.push_back(ask());
+    wait_until(begun, i);
+  }
+  let_go();
+  vcpus.clear();
+  // The first two were written before the others came.
+  for (std::uint64_t asking = 3; asking <= 6; ++asking) {
+    const auto count = *memory.read_value<std::uint64_t>(output_of(asking));
+    EXPECT_EQ(count, 255U);
+    for (std::uint64_t range = 0; range < std::min<std::uint64_t>(count, 255); ++range) {
+      const GuestAddress at(output_of(asking).value() + 8 + 16 * range);
+      const auto first = *memory.read_value<std::uint64_t>(at);
+      for (std::uint64_t other = 1; other <= 6; ++other)
+        EXPECT_NE(first, output_of(other).page().value()) << asking << ", " << other;
+    }
+  }
 }
 
 TEST_F(Vcpus, WaitNoLongerThanTheyAreToldTo) {
