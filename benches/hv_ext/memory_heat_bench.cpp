@@ -61,11 +61,14 @@ public:
     static_cast<void>(advise());
     static_cast<void>(give_back());
     if (error_ != 0) measurement.fail("madvise failed");
-    if (result_ != hv_result(HvStatus::success, static_cast<std::uint16_t>(starts_.size())))
-      measurement.fail("the hint was refused");
+    const bool is_taken = result_ == hv_result(HvStatus::success, static_cast<std::uint16_t>(starts_.size()));
     const std::uint64_t pages = starts_.size() * block_bytes_ / page_size;
-    if (hypercalls_.heat_counts().done.freed_pages != pages) measurement.fail("not all pages were given back");
-    return error_ == 0 && hypercalls_.heat_counts().done.freed_pages == pages;
+    const bool is_whole = hypercalls_.heat_counts().done.freed_pages == pages;
+    if (!is_taken)
+      measurement.fail("the hint was refused");
+    else if (!is_whole)
+      measurement.fail("not all pages were given back");
+    return error_ == 0 && is_taken && is_whole;
   }
 
 private:
