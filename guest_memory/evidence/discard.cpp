@@ -195,7 +195,8 @@ static int punch_hole(int fd, const FileMapping& part) {
 static int remove_from_file(const DiscardTarget& target) {
   const FileMapping& part = target.memory;
   const int refused = advise(part, MADV_REMOVE);
-  if (refused == 0 || part.fd < 0 || holders_of(part).any) return refused;
+  // Who holds it takes a look at all that is mapped, for each range of a list that a guest makes.
+  if (refused == 0 || part.fd < 0 || target.mode == DiscardMode::free_only || holders_of(part).any) return refused;
   if (target.is_fd_writable) return punch_hole(part.fd, part);
   const Descriptor writable = open_again(part.fd, O_RDWR | O_CLOEXEC);
   return writable.is_open() ? punch_hole(writable.number(), part) : refused;

@@ -266,12 +266,17 @@ MemoryResult<Discarded> MemoryMap::discard(const PageSet& pages, DiscardMode mod
   return sum;
 }
 
-MemoryResult<void> MemoryMap::advise(const PageSet& pages, PageUse use) const {
+MemoryResult<std::uint64_t> MemoryMap::advise(const PageSet& pages, PageUse use) const {
   const auto parts = parts_of(*this, pages, "MemoryMap::advise");
   if (!parts) return std::unexpected(parts.error());
-  for (const RegionPart& part : *parts)
-    if (auto done = part.region->advise(part.pages, use); !done) return done;
-  return {};
+  std::uint64_t advised = 0;
+  for (const RegionPart& part : *parts) {
+    if (const auto done = part.region->advise(part.pages, use))
+      advised += part.pages.count();
+    else if (done.error().code != MemoryErrc::unavailable)
+      return std::unexpected(done.error());
+  }
+  return advised;
 }
 
 MemoryResult<void> MemoryMap::set_huge_pages(HugePages use) const {

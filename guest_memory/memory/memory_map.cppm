@@ -71,9 +71,10 @@ public:
   /// the page's address, when one is not RAM that can be discarded: nothing is discarded then.
   [[nodiscard]] MemoryResult<Discarded> discard(const PageSet& pages,
                                                 DiscardMode mode = DiscardMode::free_or_clear) const;
-  /// Region::advise of pages, which may cross regions. not_backed, and nothing is said to the kernel, where one is in
-  /// no region; else fails as Region::advise does, where it first does.
-  [[nodiscard]] MemoryResult<void> advise(const PageSet& pages, PageUse use) const;
+  /// Region::advise of pages, which may cross regions: how many of them are of regions where it is not unavailable.
+  /// not_backed, and nothing is said to the kernel, where a page is in no region; else os, where the kernel first
+  /// fails.
+  [[nodiscard]] MemoryResult<std::uint64_t> advise(const PageSet& pages, PageUse use) const;
   /// Region::set_huge_pages of all regions of RAM that can have them. Fails as it does, where it first does.
   [[nodiscard]] MemoryResult<void> set_huge_pages(HugePages use) const;
 

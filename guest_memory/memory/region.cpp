@@ -144,7 +144,9 @@ MemoryResult<void> Region::advise(PageRange range, PageUse use) const {
   if (range.first() < pages().first() || pages().end() < range.end()) return refuse(MemoryErrc::not_backed, 0);
   auto* const host = static_cast<std::byte*>(host_address()) + (range.start_address().value() - start().value());
   while (madvise(host, range.bytes(), advice_for(use)) != 0)
-    if (errno != EINTR) return refuse(errno == EINVAL ? MemoryErrc::unavailable : MemoryErrc::os, errno);
+    // EBADF: MADV_WILLNEED of a kernel without swap (mm/madvise.c, madvise_willneed).
+    if (errno != EINTR)
+      return refuse(errno == EINVAL || errno == EBADF ? MemoryErrc::unavailable : MemoryErrc::os, errno);
   return {};
 }
 

@@ -57,7 +57,8 @@ export struct AdoptedMemory {
 export enum class PageUse : std::uint8_t {
   cold,      ///< Not soon needed: the first that reclaim takes (MADV_COLD, Linux 5.4).
   page_out,  ///< Taken at once, to swap or to their file (MADV_PAGEOUT, Linux 5.4). Takes time in proportion.
-  will_need, ///< Soon needed: what is swapped out is read, without waiting (MADV_WILLNEED). Nothing is allocated.
+  will_need, ///< Soon needed: what is swapped out is read, without waiting (MADV_WILLNEED). Of files on disks, holes
+             ///< may be filled with pages of zeros, which count as touched.
   populate,  ///< All of them are allocated now, and so count as touched (MADV_POPULATE_WRITE, Linux 5.14).
 };
 
@@ -147,7 +148,7 @@ public:
   /// - anonymous: MADV_DONTNEED (MADV_DONTNEED_LOCKED where it is locked; before Linux 5.18 that is cleared);
   /// - memfd, shared_anonymous, shared_file, guest_memfd: a hole in the file, and so for all who share it. Locked
   ///   memory that a userfaultfd holds, or whose file cannot be opened for writing, is cleared, and so are files that
-  ///   are sealed or whose file system has no holes;
+  ///   are sealed or whose file system has no holes (with free_only, locked memory of these kinds is kept);
   /// - hugetlb, hugetlb_memfd: whole huge pages are given back to the host's pool, where others may take them: a later
   ///   access that finds the pool empty is a SIGBUS. Parts of a huge page are cleared, if it is there at all. Before
   ///   Linux 6.7, and where a userfaultfd of another holds the memory, a private one that the kernel is moving just

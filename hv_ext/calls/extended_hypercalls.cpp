@@ -85,18 +85,22 @@ class PinnedPages {
 public:
   explicit PinnedPages(PageSet pages) : pages_(std::move(pages)) {}
   void set(PageSet pages) {
-    // What there was is freed without the lock.
+    // Those who come later wait for it. What there was is freed without the lock.
+    const std::lock_guard gate(gate_);
     const std::lock_guard lock(mutex_);
     std::swap(pages_, pages);
   }
   /// They stay so until `use` returns.
   template <class Use>
   void with(Use use) {
+    std::unique_lock gate(gate_);
     const std::shared_lock lock(mutex_);
+    gate.unlock();
     use(std::as_const(pages_));
   }
 
 private:
+  std::mutex gate_; // without it, a shared lock that is never free would keep `set` out for ever
   std::shared_mutex mutex_;
   PageSet pages_;
 };
@@ -430,7 +434,9 @@ HypercallResult ExtendedHypercalls::handle(const HvCall& call) {
 }
 
 HvCallProgress ExtendedHypercalls::handle_some(const HvCall& call) {
-  return state_->trace_and_handle(call, Clock::now() + state_->options.call_time);
+  const Clock::time_point now = Clock::now();
+  const std::chrono::nanoseconds time = state_->options.call_time;
+  return state_->trace_and_handle(call, time < Clock::time_point::max() - now ? now + time : Clock::time_point::max());
 }
 
 } // namespace cppvmm

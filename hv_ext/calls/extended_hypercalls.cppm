@@ -52,8 +52,8 @@ export struct HvOptions {
   /// How long a rep call may keep the guest from its interrupts. TLFS aims at 50 us; each time costs an exit more.
   std::chrono::nanoseconds call_time = std::chrono::microseconds(200);
   /// Of HvExtCallGetBootZeroedMemory, HvExtCallMemoryHeatHint, and rows that are HvCallRow::is_costly. A call that
-  /// begins when the time is used up gets operation_denied; one that has begun ends, or goes on, as if there were no
-  /// limit.
+  /// begins when the time is used up, or is to go on then, gets operation_denied. What a call takes is counted with
+  /// what it waited for others.
   std::optional<HvRateLimit> rate_limit{};
   /// How memory is surveyed until ExtendedHypercalls::set_survey; leave_out names pages that must not be reported,
   /// beyond the call's own output page.
@@ -109,7 +109,8 @@ public:
   /// - output to the hypercall page, or the reference TSC page: invalid_parameter;
   /// - a costly call beyond the rate limit: operation_denied;
   /// - no memory left for the answer: insufficient_memory.
-  /// Unless the status is success, nothing is written by the calls answered here.
+  /// Unless the status is success, nothing is written by the calls answered here; a rep call may have done what its
+  /// reps completed say.
   [[nodiscard]] HypercallResult handle(const HvCall& call);
   /// The same, for no longer than HvOptions::call_time or so: a rep call may have to go on. For VMMs that can leave RIP
   /// on the call (set_hv_control); `handle` keeps the guest from its interrupts until all of the list is done.

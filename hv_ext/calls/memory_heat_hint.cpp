@@ -31,10 +31,9 @@ HeatPolicy standard_heat_policy(GuestMemory& memory, HeatAdvice advice) {
       return HeatDone{
           .freed_pages = done->freed_pages, .cleared_pages = done->cleared_pages, .kept_pages = done->kept_pages};
     }
-    const auto done = memory.snapshot()->advise(pages, heat == HvMemoryHeat::cold ? advice.cold : advice.hot);
-    if (done) return HeatDone{.advised_pages = pages.page_count()};
-    if (done.error().code != MemoryErrc::unavailable) return std::unexpected(done.error());
-    return HeatDone{.kept_pages = pages.page_count()};
+    const auto advised = memory.snapshot()->advise(pages, heat == HvMemoryHeat::cold ? advice.cold : advice.hot);
+    if (!advised) return std::unexpected(advised.error());
+    return HeatDone{.advised_pages = *advised, .kept_pages = pages.page_count() - *advised};
   };
 }
 
@@ -107,7 +106,8 @@ public:
   }
 
 private:
-  static constexpr std::uint64_t most = (std::uint64_t{1} << 30) / page_size;
+  // What comes next may be slow where what went before was quick.
+  static constexpr std::uint64_t most = (std::uint64_t{64} << 20) / page_size;
   Clock::time_point until_;
   Clock::time_point now_ = Clock::now();
   std::uint64_t pages_ = (std::uint64_t{2} << 20) / page_size;
@@ -173,7 +173,7 @@ Progress HeatState::resume(const HvCheckedCall& call, const HintList& list, HvMe
 }
 
 void HeatState::keep(std::uint32_t vp_index, const HintList& list, HvMemoryHeat heat, const Progress& progress) {
-  if (progress.position.pages == 0) return;
+  if (progress.position.pages == 0 && !progress.has_effect && !progress.has_kept) return;
   const std::lock_guard lock(mutex);
   begun.insert_or_assign(vp_index, Begun{heat, list[progress.position.rep].value, progress});
 }
@@ -182,7 +182,9 @@ Part HeatState::next_part(const HintList& list, Position from, std::uint64_t mos
   const auto map = memory.snapshot();
   const PageSet ram = map->pages(RegionKind::ram);
   Part part{.pages = {}, .end = from};
-  while (part.end.rep < list.size() && part.named < most) {
+  // Each range that lies alone is a system call.
+  constexpr std::uint64_t pages_of_a_call = 8;
+  while (part.end.rep < list.size() && std::max(part.named, part.pages.range_count() * pages_of_a_call) < most) {
     const auto range = list[part.end.rep].pages();
     part.has_bad_end = !range || !ram.contains(*range);
     if (part.has_bad_end) return part;
@@ -196,32 +198,24 @@ Part HeatState::next_part(const HintList& list, Position from, std::uint64_t mos
 }
 
 HvStatus HeatState::apply(const HvCheckedCall& call, HvMemoryHeat heat, const Part& part, Progress& progress) const {
-  HvStatus status = HvStatus::success;
-  const auto apply = [&](const PageSet& pages) {
-    HeatDone all{.kept_pages = part.named};
-    if (!pages.empty()) {
-      const auto done = options.policy(heat, pages);
-      if (!done) {
-        status = status_of(done.error());
-        return;
-      }
-      progress.has_effect = progress.has_effect || done->freed_pages + done->cleared_pages + done->advised_pages > 0;
-      progress.has_kept = progress.has_kept || done->kept_pages > 0;
-      all = *done;
-      all.kept_pages += part.named - pages.page_count();
-    }
-    if (options.on_hint) options.on_hint({.vp_index = call.vp_index, .heat = heat, .pages = pages, .done = all});
+  PageSet pages = part.pages;
+  MemoryResult<HeatDone> done;
+  const auto apply = [&] {
+    if (!pages.empty()) done = options.policy(heat, pages);
   };
-  if (heat != HvMemoryHeat::cold_discard || !options.with_kept) {
-    apply(part.pages);
-    return status;
-  }
-  options.with_kept([&](const PageSet& kept) {
-    PageSet pages = part.pages;
-    pages.remove(kept);
-    apply(pages);
-  });
-  return status;
+  if (heat != HvMemoryHeat::cold_discard || !options.with_kept)
+    apply();
+  else
+    options.with_kept([&](const PageSet& kept) {
+      pages.remove(kept);
+      apply();
+    });
+  if (!done) return status_of(done.error());
+  progress.has_effect = progress.has_effect || done->freed_pages + done->cleared_pages + done->advised_pages > 0;
+  progress.has_kept = progress.has_kept || done->kept_pages > 0;
+  done->kept_pages += part.named - pages.page_count();
+  if (options.on_hint) options.on_hint({.vp_index = call.vp_index, .heat = heat, .pages = pages, .done = *done});
+  return HvStatus::success;
 }
 
 HvCallAnswer HeatState::answer(const HvCheckedCall& call) {

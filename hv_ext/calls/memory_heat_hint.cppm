@@ -20,7 +20,8 @@ export struct HeatDone {
 
 /// Does what is to be done with pages of RAM, which are of the map as it just was. For several vCPUs at the same time.
 /// Some pages of a list at a time, so that it takes as long as they do: a few MiB at first, more where that is quick.
-/// Throws nothing but std::bad_alloc.
+/// Throws nothing but std::bad_alloc. While it discards, pages stay pinned: it must not wait for
+/// ExtendedHypercalls::set_pinned, nor for who calls that.
 export using HeatPolicy = std::function<MemoryResult<HeatDone>(HvMemoryHeat, const PageSet&)>;
 
 /// What standard_heat_policy makes of the hints that leave what pages hold.
@@ -31,10 +32,11 @@ export struct HeatAdvice {
 
 /// Cold discard gives the pages back (GuestMemory::discard), and leaves what can't be: parts of huge pages of the pool,
 /// files that are sealed. Of a private_file, that is so beyond 1024 parts. The others advise the kernel, and where it
-/// takes no advice (huge pages of the pool, locked memory) nothing is done. `memory` must outlive it and its copies.
+/// takes no advice (huge pages of the pool, locked memory) nothing is done. Shared memory that is locked is not given
+/// back. `memory` must outlive it and its copies.
 export [[nodiscard]] HeatPolicy standard_heat_policy(GuestMemory& memory, HeatAdvice advice = {});
 
-/// A part of a hint was done.
+/// A part of a hint was done. Of one that failed, nobody is told.
 export struct HeatHinted {
   std::uint32_t vp_index = 0;
   HvMemoryHeat heat{};
