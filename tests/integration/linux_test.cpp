@@ -162,7 +162,8 @@ $busybox reboot -f
   const json figures = json::parse(ended.out, nullptr, false);
   ASSERT_FALSE(figures.is_discarded()) << ended.out;
   EXPECT_EQ(figures["hypercalls"], transport);
-  EXPECT_EQ(figures["calls"], json({{"0x8001", 1}, {"0x8002", 0}, {"0x8003", 0}, {"other", 0}})) << "Linux asks once, at boot";
+  EXPECT_EQ(figures["calls"], json({{"0x8001", 1}, {"0x8002", 0}, {"0x8003", 0}, {"other", 0}}))
+      << "Linux asks once, at boot";
   EXPECT_EQ(figures["kernel"], kernel);
   EXPECT_EQ(figures["ram_pages"], 65536);
   EXPECT_EQ(figures["vcpu_ticks"].size(), static_cast<std::size_t>(std::atoi(cpus)));
@@ -210,7 +211,8 @@ $busybox reboot -f
       EXPECT_EQ(ended.err.find(trouble), std::string::npos) << ended.err;
     const json figures = json::parse(ended.out, nullptr, false);
     EXPECT_FALSE(figures.is_discarded()) << ended.out;
-    if (!figures.is_discarded()) EXPECT_EQ(figures["calls"], json({{"0x8001", 1}, {"0x8002", 0}, {"0x8003", 0}, {"other", 0}}));
+    if (!figures.is_discarded())
+      EXPECT_EQ(figures["calls"], json({{"0x8001", 1}, {"0x8002", 0}, {"0x8003", 0}, {"other", 0}}));
     return ended.err;
   }
 
