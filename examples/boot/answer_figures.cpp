@@ -90,20 +90,21 @@ AnswerFigures describe(const BootZeroedAnswer& answer) {
   return figures;
 }
 
-std::vector<PictureRange> picture_of(const Survey& survey, const PageSet& given_back) {
+std::vector<PictureRange> picture_of(const BootZeroedAnswer& answer, const PageSet& given_back) {
+  const Survey& survey = answer.survey;
+  PageSet zeroed = answer.zeroed();
   std::vector<PictureRange> result;
   const auto add = [&](const PageSet& pages, PageClass what) {
     for (const auto& range : pages.ranges())
       result.push_back({range.first().value(), range.count(), what});
   };
   PageSet returned = given_back;
-  returned.intersect(survey.zeroed);
+  returned.intersect(zeroed);
+  PageSet left_out = survey.ram;
+  left_out.remove(zeroed);
   add(returned, PageClass::returned);
-  PageSet zeroed = survey.zeroed;
   zeroed.remove(returned);
   add(zeroed, PageClass::zeroed);
-  PageSet left_out = survey.ram;
-  left_out.remove(survey.zeroed);
   left_out.remove(survey.touched);
   add(left_out, PageClass::left_out);
   for (const auto& entry : survey.touched_map().entries()) {

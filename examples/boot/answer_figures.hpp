@@ -14,7 +14,7 @@ namespace cppvmm::boot {
 /// All but what only a look at the memory tells.
 [[nodiscard]] AnswerFigures describe(const BootZeroedAnswer& answer);
 
-/// All RAM, by what the survey knows of it, and with those of its zeroed pages that the guest gave back.
-[[nodiscard]] std::vector<PictureRange> picture_of(const Survey& survey, const PageSet& given_back);
+/// All RAM, by what is known of it for the answer, and with those of its zeroed pages that the guest gave back.
+[[nodiscard]] std::vector<PictureRange> picture_of(const BootZeroedAnswer& answer, const PageSet& given_back);
 
 } // namespace cppvmm::boot

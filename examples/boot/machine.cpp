@@ -148,7 +148,7 @@ void on_answer(const BootZeroedAnswer& answer, std::uint32_t boot, const Options
                const ReturnedPages& returned, Findings& findings, const std::stop_token& stop) noexcept {
   try {
     AnswerFigures figures = describe(answer);
-    if (!options.map.empty()) figures.picture = picture_of(answer.survey, returned.pages());
+    if (!options.map.empty()) figures.picture = picture_of(answer, returned.pages());
     if (options.audit) {
       std::expected<void, std::string> looked;
       std::thread([&] {
