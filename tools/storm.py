@@ -94,11 +94,11 @@ def storm(program, guests, memory, options, folder):
     figures = [json.loads((folder / f"{guest}.json").read_text()) for guest in range(guests)]
     peaks = [one["host_peak_bytes"] for one in figures]
     return {
-        "host memory, the guests' peaks added up": "unknown" if None in peaks else f"{sum(peaks) / MIB:,.0f} MiB",
-        "least available memory, below that before": f"{(before - watch.least) / MIB:,.0f} MiB",
-        "processor time of the vCPUs": f"{sum(sum(one['vcpu_us']) for one in figures) / 1e6:,.1f} s",
-        "processor time of the processes": f"{own_seconds() - seconds:,.1f} s",
-        "until the last guest was up and gone": f"{wall:,.1f} s",
+        "host memory, the guests' peaks added up": "unknown" if None in peaks else f"{sum(peaks) / MIB:,.1f} MiB",
+        "least available memory, below that before": f"{(before - watch.least) / MIB:,.1f} MiB",
+        "processor time of the vCPUs": f"{sum(sum(one['vcpu_us']) for one in figures) / 1e6:,.2f} s",
+        "processor time of the processes": f"{own_seconds() - seconds:,.2f} s",
+        "until the last guest was up and gone": f"{wall:,.2f} s",
     }
 
 

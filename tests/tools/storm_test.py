@@ -38,7 +38,7 @@ def rows(text):
 
 
 def mebibytes(text):
-    return float(re.fullmatch(r"(-?[0-9,]+) MiB", text)[1].replace(",", ""))
+    return float(re.fullmatch(r"(-?[0-9,.]+) MiB", text)[1].replace(",", ""))
 
 
 class AStormOfGuests(unittest.TestCase):
@@ -72,15 +72,15 @@ class AStormIsTold(unittest.TestCase):
         self.assertEqual(done.returncode, 0, done.stderr)
         self.assertIn("12 x 1024 MiB at once", done.stdout)
         found = rows(done.stdout)
-        self.assertEqual(found["host memory, the guests' peaks added up"], ["1,200 MiB", "12 MiB"])
-        self.assertEqual(found["processor time of the vCPUs"], ["24.0 s", "1.2 s"])
+        self.assertEqual(found["host memory, the guests' peaks added up"], ["1,200.0 MiB", "12.0 MiB"])
+        self.assertEqual(found["processor time of the vCPUs"], ["24.00 s", "1.20 s"])
         self.assertRegex(found["until the last guest was up and gone"][0], r"^[0-9.]+ s$")
 
     def test_a_peak_that_one_guest_does_not_know_is_unknown(self):
         self.stand_in(FIGURES.replace(": 1048576,", ": null,"))
         done = storm(self.program, "--guests", "2")
         self.assertEqual(done.returncode, 0, done.stderr)
-        self.assertEqual(rows(done.stdout)["host memory, the guests' peaks added up"], ["200 MiB", "unknown"])
+        self.assertEqual(rows(done.stdout)["host memory, the guests' peaks added up"], ["200.0 MiB", "unknown"])
 
     def test_with_the_least_memory_that_was_available(self):
         over = threading.Event()
