@@ -247,6 +247,19 @@ INSTANTIATE_TEST_SUITE_P(All, BootWithABalloon,
                                   std::get<2>(info.param) + "_vcpus";
                          });
 
+TEST_F(Boot, WithABalloonSendsListsFromEachVcpuUntilAllIsGivenBack) {
+  const json figures = boot_json({"--memory", "3200M", "--cpus", "4", "--balloon-target", "10M", "--audit"});
+  ASSERT_FALSE(figures.is_null());
+  const json& guest = figures["guest"];
+  const std::uint64_t given = guest["given_back_pages"];
+  EXPECT_LE(given + (10 << 20) / page, figures["ram_pages"]);
+  EXPECT_GE(given + (10 << 20) / page + 64, figures["ram_pages"]) << "above the gap too";
+  EXPECT_GE(guest["give_back_calls"], 3200 / 128);
+  EXPECT_EQ(guest["give_back_failures"], 0);
+  EXPECT_EQ(figures["heat"]["discard_pages"], given) << "each page once";
+  EXPECT_EQ(figures["nonzero_pages_at_end"], 0);
+}
+
 TEST_F(Boot, GivesBackInEachBootAndHasOneRamAtMost) {
   const json figures = boot_json({"--memory", "16M", "--balloon-target", "4M", "--thp", "never", "--resets", "2",
                                   "--audit", "--enlightenments", "hv-memory-hint"});
