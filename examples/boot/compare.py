@@ -81,15 +81,15 @@ def main():
     print_table([column(run) for run in runs])
     if arguments.emulated:
         print("\nThe times are those of an emulated processor: only how they compare says something.")
+
+    answers = [answer(run) for run in runs[1:]]
+    for text, _ in answers:
+        print(f"\n{text}")
     if arguments.balloon:
         balloons = [load(path) for path in arguments.balloon]
         target = balloons[-1]["balloon_target_bytes"] // 2**20
         print(f"\nThe same guest that keeps {target} MiB, and gives the rest back once it is up (0x8003):\n")
         print_table([host_memory(run) for run in balloons])
-
-    answers = [answer(run) for run in runs[1:]]
-    for text, _ in answers:
-        print(f"\n{text}")
     return 0 if answers and all(good for _, good in answers) else 1
 
 
