@@ -110,8 +110,8 @@ protected:
     EXPECT_EQ(figures["answers_given"], 3);
     EXPECT_EQ(figures["unsound_answers"], 0);
 
-    // 98 % of 256 MiB, 92 % of 96 MiB: what does not come back is in pieces of blocks, and in lists of its own.
-    EXPECT_GE(grown(), (size.anonymous + size.file) * mebi);
+    // 98 % of 256 MiB: what does not come back is in pieces of blocks, and in lists of its own.
+    EXPECT_GE(grown(), (size.anonymous + size.file) * mebi / 10 * 9) << "it may have had some of it";
     EXPECT_GE(given_back(), grown() / 10 * 9) << host[0] << ", " << host[1] << ", " << host[2];
     EXPECT_GE(by("pages") * page, given_back()) << "nothing goes that the guest has not named";
   }
@@ -138,11 +138,11 @@ TEST_P(LinuxHeatComesBack, AllThatIsFreedAndNothingElse) {
   const auto& [transport, backing] = GetParam();
   std::optional<cppvmm::test::HugePagePool> pool;
   if (std::string_view(backing) == "hugetlb") {
-    auto taken = cppvmm::test::HugePagePool::take(128);
+    auto taken = cppvmm::test::HugePagePool::take(256);
     if (!taken) GTEST_SKIP() << taken.error();
     pool.emplace(std::move(*taken));
   }
-  load(pool ? Size{"256M", 48, 48} : Size{"512M", 128, 128}, {"--hypercalls", transport, "--backing", backing});
+  load({"512M", 128, 128}, {"--hypercalls", transport, "--backing", backing});
   if (HasFatalFailure() || IsSkipped()) return;
   EXPECT_EQ(figures["hypercalls"], transport);
   // What came back is as good as what was never used: the next answer has it.
@@ -157,10 +157,10 @@ INSTANTIATE_TEST_SUITE_P(All, LinuxHeatComesBack,
                          });
 
 TEST_F(LinuxHeat, BlocksOfAllSizesAreTakenAndReadZero) {
-  load({"256M", 48, 48}, {"--hypercalls", "user"}, "read_back=1",
+  load({"384M", 80, 80}, {"--hypercalls", "user"}, "read_back=1",
        "echo 0 >/sys/module/page_reporting/parameters/page_reporting_order");
   if (HasFatalFailure() || IsSkipped()) return;
-  EXPECT_GT(after["read_pages"], 96 / 4) << "the largest blocks are 4 MiB";
+  EXPECT_GT(after["read_pages"], 160 / 4) << "the largest blocks are 4 MiB";
   EXPECT_EQ(after["data_pages"], 0);
   EXPECT_NE(number(after, "pages") % 512, 0U) << "smaller ones, too";
 }
