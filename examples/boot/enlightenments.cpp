@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cstddef>
 
 namespace cppvmm::boot {
 namespace {
@@ -24,7 +25,8 @@ constexpr std::array known = {
     Known{"hv-vpindex", {.eax = bit(6)}},          Known{"hv-xmm-input", {.edx = bit(4)}},
 };
 
-// Ours, which have no bits of KVM's.
+// Ours, which have no bits of KVM's. The first are those of the minimal set.
+constexpr std::size_t minimal_ours = 2;
 constexpr std::array<std::string_view, 3> ours = {"hv-boot-zeroed-mem", "hv-ext-query-caps", "hv-memory-hint"};
 
 } // namespace
@@ -39,7 +41,8 @@ std::vector<std::string> enlightenment_names() {
 
 bool has_enlightenment(const Enlightenments& chosen, std::string_view name) {
   if (chosen.set == EnlightenmentSet::listed) return std::ranges::find(chosen.names, name) != chosen.names.end();
-  return chosen.set == EnlightenmentSet::full || std::ranges::find(ours, name) != ours.end();
+  if (chosen.set == EnlightenmentSet::full) return true;
+  return std::find(ours.begin(), ours.begin() + minimal_ours, name) != ours.begin() + minimal_ours;
 }
 
 EnlightenmentBits bits_of(const Enlightenments& listed) {

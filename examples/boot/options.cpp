@@ -176,7 +176,9 @@ std::expected<Options, EarlyExit> parse_options(int argc, const char* const* arg
       app.add_option(
              "--enlightenments", enlightenments,
              "Which of Hyper-V's enlightenments the guest is shown beside the extended hypercalls: full (all that "
-             "KVM has; with --hypercalls user, where it has none, minimal and time), minimal, or a list: " +
+             "KVM has, and hv-memory-hint; with --hypercalls user, where KVM has none, time and hv-memory-hint), "
+             "minimal, "
+             "or a list: " +
                  joined(enlightenment_names()))
           ->capture_default_str()
           ->type_name("SET")

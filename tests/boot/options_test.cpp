@@ -54,7 +54,7 @@ TEST(BootOptions, ABalloonTargetIsASizeThatMemoryHas) {
   EXPECT_EQ(parse({"--balloon-target", "16M"})->balloon_target, 16U << 20);
   EXPECT_EQ(parse({"--balloon-target", "0"})->balloon_target, 0U);
   EXPECT_EQ(parse({"--balloon-target", "64M", "--memory", "64M"})->balloon_target, 64U << 20);
-  EXPECT_TRUE(parse({"--balloon-target", "16M", "--enlightenments", "minimal"}));
+  EXPECT_FALSE(parse({"--balloon-target", "16M", "--enlightenments", "minimal"}));
   EXPECT_TRUE(parse({"--balloon-target", "16M", "--enlightenments", "hv-memory-hint"}));
 }
 
@@ -74,6 +74,8 @@ TEST(BootOptions, EnlightenmentsAreASetOrAList) {
   EXPECT_FALSE(has_enlightenment(listed->enlightenments, "hv-boot-zeroed-mem"));
   EXPECT_TRUE(has_enlightenment({.set = EnlightenmentSet::minimal}, "hv-boot-zeroed-mem"));
   EXPECT_FALSE(has_enlightenment({.set = EnlightenmentSet::minimal}, "hv-time"));
+  EXPECT_FALSE(has_enlightenment({.set = EnlightenmentSet::minimal}, "hv-memory-hint"));
+  EXPECT_TRUE(has_enlightenment({.set = EnlightenmentSet::full}, "hv-memory-hint"));
   EXPECT_EQ(first_missing(listed->enlightenments, bits), "");
   EXPECT_EQ(first_missing(listed->enlightenments, {.eax = bits.eax}), "hv-synic");
   EXPECT_EQ(first_missing(listed->enlightenments, {}), "hv-synic");
