@@ -470,6 +470,22 @@ TEST_F(Hints, AndAnswersAreDeniedBeyondTheRateLimit) {
   EXPECT_GT(denied, 0);
 }
 
+// Where a list begins is the guest's to say: one that goes on is no other than one that begins.
+TEST_F(Hints, ThatGoOnAreDeniedBeyondTheRateLimitToo) {
+  auto chosen = options();
+  chosen.call_time = {};
+  chosen.rate_limit = HvRateLimit{.time = std::chrono::nanoseconds(1), .period = std::chrono::hours(1)};
+  auto hypercalls = *ExtendedHypercalls::create(memory, chosen);
+  HvCall call = list(discard, {of_2_mib(1, 1), of_2_mib(2, 1), of_2_mib(3, 1)});
+  const auto first = hypercalls.handle_some(call);
+  ASSERT_TRUE(first);
+  ASSERT_FALSE(first->is_done);
+  call.control = first->value;
+  EXPECT_EQ(hypercalls.handle_some(call),
+            HvCallProgress(HvCallStep{.value = hv_result(HvStatus::operation_denied, 1)}));
+  EXPECT_EQ(zeros(), PageSet(pages(512, 512)));
+}
+
 // vCPUs that send the worst there is, while answers are made and the map changes: what is outside stays as it was, and
 // no answer has a page with data.
 TEST_F(Hints, OfHostileVcpusHarmNobody) {
