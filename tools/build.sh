@@ -3,6 +3,7 @@
 # shellcheck source=tools/setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
+# Those that have tests.
 known_preset() { [[ $1 =~ ^(debug|release|asan-ubsan|tsan|coverage)$ ]]; }
 
 # configure PRESET FOLDER, which the preset configures.
@@ -15,9 +16,12 @@ configure() {
 # build PRESET [TARGET...]
 build() {
   local preset=$1 dir=$root/build/$1 targets=("${@:2}") what='' configured=''
-  known_preset "$preset" || die "no preset '$preset': debug, release, asan-ubsan, tsan, coverage"
-  need build test
-  if [[ $preset == *san || $preset == coverage ]]; then need instrumented; fi
+  known_preset "$preset" || [[ $preset == fuzz ]] || die "no preset '$preset': debug, release, asan-ubsan, tsan, coverage, fuzz"
+  case $preset in
+    fuzz) need build instrumented ;;
+    *san | coverage) need build test instrumented ;;
+    *) need build test ;;
+  esac
   if ((${#targets[@]} == 0)); then targets=(all); fi
   if (($# == 2)); then what=": $2"; fi
   if [[ -e $dir/configured ]]; then configured=$(<"$dir/configured"); fi

@@ -60,6 +60,7 @@ test_here() {
   return "$status"
 }
 
+known_preset "$preset" || die "no tests of a preset '$preset': debug, release, asan-ubsan, tsan, coverage"
 need build test
 trouble=''
 if [[ $asked == --host ]] && ! trouble=$(python3 "$tools/kvm.py"); then

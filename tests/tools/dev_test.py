@@ -62,6 +62,24 @@ class NothingIsMadeInDev(unittest.TestCase):
         self.assertRegex(done.stderr, r"(?m)^dev: there is no /dev/kvm: ")
 
 
+class FuzzersAreChosen(unittest.TestCase):
+    """Without a build."""
+
+    def mistake(self, *arguments):
+        done = subprocess.run([ROOT / "dev", "fuzz", *arguments], capture_output=True, text=True, check=False)
+        self.assertEqual(done.returncode, 1)
+        return done.stderr
+
+    def test_by_name(self):
+        names = re.findall(r"^cppvmm_add_fuzzer\((\w+)\)$", (ROOT / "tests/fuzz/CMakeLists.txt").read_text(), re.M)
+        self.assertTrue(names)
+        self.assertEqual(self.mistake("nothing"), f"dev: fuzz: no target 'nothing': {' '.join(names)}\n")
+
+    def test_for_a_time(self):
+        for time in ((), ("0",), ("1m",)):
+            self.assertEqual(self.mistake("--seconds", *time), "dev: fuzz: --seconds takes a number of seconds\n")
+
+
 class TestsOfKvmNeedIt(unittest.TestCase):
     def test_each(self):
         self.assertTrue(PROGRAMS)
