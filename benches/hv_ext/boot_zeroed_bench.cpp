@@ -63,6 +63,7 @@ const Beside of_memfd({"answer/memfd", 1.15, "SEEK_DATA, SEEK_HOLE and cachestat
 
 void on_threads(std::uint64_t count, const std::function<void()>& call) {
   std::vector<std::jthread> threads;
+  threads.reserve(count);
   for (std::uint64_t i = 0; i < count; ++i)
     threads.emplace_back(call);
 }

@@ -111,7 +111,7 @@ const Beside large_anonymous({"heat/anonymous 32 blocks of 2 MiB", 1.2, "madvise
                              discard(Backing::anonymous, 32, 512));
 const Beside large_memfd({"heat/memfd 32 blocks of 2 MiB", 1.2, "madvise"}, discard(Backing::memfd, 32, 512));
 const Beside huge_anonymous({"heat/anonymous 8 blocks of 32 MiB", 1.2, "madvise"},
-                            discard(Backing::anonymous, 8, 16 * 512));
+                            discard(Backing::anonymous, 8, std::uint64_t{16} * 512));
 const Beside small_anonymous({"heat/anonymous 511 pages", 1.2, "madvise"}, discard(Backing::anonymous, 511, 1));
 
 } // namespace
