@@ -380,7 +380,7 @@ HvCallStep ExtendedHypercalls::State::answer(const HvCall& call, const HvCallRow
   const Clock::time_point begin = Clock::now();
   const bool is_limited = budget && row->is_costly;
   if (is_limited && budget->is_used_up(begin)) return done(HvStatus::operation_denied, reps_before);
-  HvCallStep step = done(HvStatus::insufficient_memory, reps_before);
+  HvCallStep step;
   try {
     std::optional<PageInUse> output;
     std::optional<PageInUse> list;
@@ -389,6 +389,7 @@ HvCallStep ExtendedHypercalls::State::answer(const HvCall& call, const HvCallRow
     step = answer(*checked, *row);
   } catch (const std::bad_alloc&) {
     // How much an answer needs depends on how the guest scattered its writes.
+    step = done(HvStatus::insufficient_memory, reps_before);
   }
   if (is_limited) budget->take(Clock::now() - begin);
   return step;
