@@ -58,6 +58,8 @@ export struct HvCallRow {
   bool is_costly = false;                 ///< HvOptions::rate_limit holds for it.
   std::uint64_t capability = 0;           ///< The bits of HvExtCallQueryCapabilities' answer that offer it.
   HvCallHandler handler{};
+  /// The machine was reset: calls that were to go on never will. While no call is in progress. May be null.
+  std::function<void()> on_reset{};
 };
 
 /// The calls that are answered. Immutable.

@@ -322,8 +322,12 @@ bool ExtendedHypercalls::offers_boot_zeroed_memory() const {
 }
 
 void ExtendedHypercalls::reset() {
-  const std::lock_guard lock(state_->changing);
-  state_->has_asked = false;
+  {
+    const std::lock_guard lock(state_->changing);
+    state_->has_asked = false;
+  }
+  for (const HvCallRow& row : state_->table.rows())
+    if (row.on_reset) row.on_reset();
 }
 
 const HvOptions& ExtendedHypercalls::options() const { return state_->options; }

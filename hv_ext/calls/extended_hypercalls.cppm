@@ -136,8 +136,8 @@ public:
   /// guest has asked is no part of its saved state: one that is restored is to be offered the same as before.
   [[nodiscard]] HvResult<void> offer_boot_zeroed_memory(bool is_offered);
   [[nodiscard]] bool offers_boot_zeroed_memory() const;
-  /// The machine was reset: its guest has not asked yet. The counts go on, and so does what was set. Hyperv::reset does
-  /// that.
+  /// The machine was reset: its guest has not asked yet, and calls that were to go on never will. The counts go on, and
+  /// so does what was set. While no call is in progress; Hyperv::reset does that.
   void reset();
 
   /// As they were given to `create`.

@@ -150,6 +150,7 @@ struct HeatState {
   HeatState(const GuestMemory& guest_memory, HeatOptions chosen) : memory(guest_memory), options(std::move(chosen)) {}
 
   [[nodiscard]] HvCallAnswer answer(const HvCheckedCall& call);
+  void reset();
   /// From where on the list is to be done.
   [[nodiscard]] Progress resume(const HvCheckedCall& call, const HintList& list, HvMemoryHeat heat);
   void keep(std::uint32_t vp_index, const HintList& list, HvMemoryHeat heat, const Progress& progress);
@@ -158,6 +159,11 @@ struct HeatState {
   [[nodiscard]] HvStatus apply(const HvCheckedCall& call, HvMemoryHeat heat, const Part& part,
                                Progress& progress) const;
 };
+
+void HeatState::reset() {
+  const std::lock_guard lock(mutex);
+  begun.clear();
+}
 
 Progress HeatState::resume(const HvCheckedCall& call, const HintList& list, HvMemoryHeat heat) {
   const Progress none{.position = {.rep = call.control.rep_start()}};
@@ -257,7 +263,8 @@ HvCallRow memory_heat_hint_row(const GuestMemory& memory, HeatOptions options) {
           .input_bytes_per_rep = sizeof(HvGpaPageRange),
           .is_costly = true,
           .capability = capability,
-          .handler = [state](const HvCheckedCall& call) { return state->answer(call); }};
+          .handler = [state](const HvCheckedCall& call) { return state->answer(call); },
+          .on_reset = [state] { state->reset(); }};
 }
 
 } // namespace cppvmm

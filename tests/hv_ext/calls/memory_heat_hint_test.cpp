@@ -397,6 +397,15 @@ TEST_F(HintsWithoutTime, BeginAnewWhenTheGuestMadeAnotherCallMeanwhile) {
   EXPECT_EQ(asked[1024], 1);
 }
 
+TEST_F(HintsWithoutTime, BeginAnewAfterAReset) {
+  const HvCall large = list(discard, {of_2_mib(1, 4)});
+  EXPECT_FALSE(hypercalls->handle_some(large)->is_done);
+  hypercalls->reset();
+  EXPECT_EQ(run(large, hv_result(HvStatus::success, 1)), 4);
+  EXPECT_EQ(asked[512], 2);
+  EXPECT_EQ(asked[1024], 1);
+}
+
 TEST_F(HintsWithoutTime, AreRefusedWhereTheyFailAfterSomeSteps) {
   EXPECT_EQ(run(list(discard, {of_2_mib(1, 2), small(ram_pages, 1), small(20, 1)}),
                 hv_result(HvStatus::invalid_parameter, 1)),
