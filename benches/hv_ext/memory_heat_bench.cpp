@@ -107,11 +107,11 @@ auto discard(Backing backing, std::uint64_t blocks, std::uint64_t pages) {
   };
 }
 // As Linux's free page reporting sends them, and the smallest there are.
-const Beside large_anonymous({"heat/anonymous 32 blocks of 2 MiB", 1.2, "madvise"},
+const Beside large_anonymous({"heat/anonymous/32_blocks_of_2_MiB", 1.2, "madvise"},
                              discard(Backing::anonymous, 32, 512));
-const Beside large_memfd({"heat/memfd 32 blocks of 2 MiB", 1.2, "madvise"}, discard(Backing::memfd, 32, 512));
-const Beside huge_anonymous({"heat/anonymous 8 blocks of 32 MiB", 1.2, "madvise"},
+const Beside large_memfd({"heat/memfd/32_blocks_of_2_MiB", 1.2, "madvise"}, discard(Backing::memfd, 32, 512));
+const Beside huge_anonymous({"heat/anonymous/8_blocks_of_32_MiB", 1.2, "madvise"},
                             discard(Backing::anonymous, 8, std::uint64_t{16} * 512));
-const Beside small_anonymous({"heat/anonymous 511 pages", 1.2, "madvise"}, discard(Backing::anonymous, 511, 1));
+const Beside small_anonymous({"heat/anonymous/511_pages", 1.2, "madvise"}, discard(Backing::anonymous, 511, 1));
 
 } // namespace
