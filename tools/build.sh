@@ -13,6 +13,16 @@ configure() {
   echo "$1" >"$2/configured"
 }
 
+# lock FOLDER, unlock: two builds in one folder would break each other's files.
+lock() {
+  mkdir -p "$root/build"
+  exec {lock_of_folder}>"$1.lock"
+  if flock -n "$lock_of_folder"; then return; fi
+  say "waiting for another build in ${1#"$root/"}"
+  flock "$lock_of_folder"
+}
+unlock() { exec {lock_of_folder}>&-; }
+
 # build PRESET [TARGET...]
 build() {
   local preset=$1 dir=$root/build/$1 targets=("${@:2}") what='' configured=''
@@ -24,23 +34,27 @@ build() {
   esac
   if ((${#targets[@]} == 0)); then targets=(all); fi
   if (($# == 2)); then what=": $2"; fi
+  lock "$dir"
   if [[ -e $dir/configured ]]; then configured=$(<"$dir/configured"); fi
   if [[ $configured != "$preset" || ! -e $dir/build.ninja || $root/CMakePresets.json -nt $dir/configured ]]; then
     configure "$preset" "$dir"
   fi
   build_targets "$preset" "$what" "${targets[@]}"
+  unlock
 }
 
 # build_example TARGET: in release's folder, of which no more is configured than that takes, if nothing is yet.
 build_example() {
   local dir=$root/build/release
   need build
+  lock "$dir"
   if [[ ! -e $dir/build.ninja ]]; then
     configure examples "$dir"
   elif [[ -s $dir/configured && $root/CMakePresets.json -nt $dir/configured ]]; then
     configure "$(<"$dir/configured")" "$dir"
   fi
   build_targets release ": $1" "$1"
+  unlock
 }
 
 # build_targets PRESET WHAT TARGET...
