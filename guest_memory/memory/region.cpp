@@ -121,6 +121,9 @@ std::uint64_t Region::file_offset() const { return mapping_->fd_offset; }
 
 std::optional<Region::FileId> Region::shared_file_id() const { return mapping_->shared_file; }
 
+// include/uapi/asm-generic/mman-common.h (Linux 5.14), which the headers of older distributions may lack.
+constexpr int advice_populate_write = 23;
+
 static int advice_for(PageUse use) {
   switch (use) {
   case PageUse::cold:
@@ -132,8 +135,7 @@ static int advice_for(PageUse use) {
   case PageUse::populate:
     break;
   }
-  return 23; // MADV_POPULATE_WRITE (include/uapi/asm-generic/mman-common.h), which the headers of older distributions
-             // lack
+  return advice_populate_write;
 }
 
 MemoryResult<void> Region::advise(PageRange range, PageUse use) const {
@@ -195,9 +197,6 @@ std::span<const std::atomic<std::uint64_t>> Region::recorded_writes() const {
   const std::atomic<std::uint64_t>* bits = mapping_->recorded.load(std::memory_order_acquire);
   return {bits, bits == nullptr ? 0 : mapping_->recorded_words()};
 }
-
-// include/uapi/asm-generic/mman-common.h (Linux 5.14), which the headers of older distributions may lack.
-constexpr int advice_populate_write = 23;
 
 MemoryResult<void> Region::populate() const {
   // In parts: the kernel holds the address space's lock for each.
