@@ -59,7 +59,7 @@ needs_lab() {
   [[ $place == lab ]]
 }
 
-need build test bench
+need build test bench plot
 build_peer
 build release "${programs[@]}" "$of_kvm"
 if needs_lab; then

@@ -3,22 +3,23 @@
 # brings `need GROUP...`, which does that, and what else has to do with apt.
 #   build  the library and the examples      test  the tests and benchmarks     instrumented  sanitizers, coverage
 #   lint   the linters                       lab   the emulated machine         guests        modules for Linux guests
-#   bench  the peers of benchmarks, and their plots
+#   bench  the peers of benchmarks              plot  plots
 # shellcheck disable=SC2034 # Who sources this uses what it sets.
 # shellcheck source=tools/say.sh
 source "$(dirname "${BASH_SOURCE[0]}")/say.sh"
 
-groups=(build test instrumented lint lab guests bench)
+groups=(build test instrumented lint lab guests bench plot)
 
 packages_of() {
   case $1 in
     build) echo clang-19 clang-tools-19 lld-19 ninja-build libcli11-dev nlohmann-json3-dev python3 ;;
     test) echo libgtest-dev libgmock-dev libbenchmark-dev librapidcheck-dev btrfs-progs erofs-utils squashfs-tools ;;
     instrumented) echo libclang-rt-19-dev llvm-19 ;;
-    lint) echo clang-tidy-19 clang-format-19 shellcheck ;;
+    lint) echo clang-tidy-19 clang-format-19 libclang-19-dev llvm-19-dev shellcheck ;;
     lab) echo qemu-system-x86 cpio util-linux xz-utils zstd ;;
     guests) echo gcc libc6-dev make xz-utils ;;
-    bench) echo cargo rustc librust-vm-memory-dev gnuplot-nox ;;
+    bench) echo cargo rustc librust-vm-memory-dev ;;
+    plot) echo gnuplot-nox ;;
   esac
 }
 

@@ -25,26 +25,25 @@ case ${1:-} in
     done
     ;;
   --heat)
+    need plot
+    versions=$("$tools/lab.sh" --get --kernel all)
+    newest=${versions%% *}
     folder=$root/build/heat
+    rm -rf "$folder"
     mkdir -p "$folder"
-    for version in $("$tools/lab.sh" --get --kernel all); do
+    for version in $versions; do
       kernel=$root/build/lab/kernels/$version
       fetches=()
       for log in {kernel,split,user}-{anonymous,memfd}; do
-        rm -f "$folder/$version-$log.log"
         fetches+=(--fetch "/tmp/heat-$log.log:$folder/$version-$log.log")
       done
       "$tools/lab.sh" --kernel "$version" --memory 4G --timeout 3600 "${fetches[@]}" \
         --include "$root/build/release/examples/boot/cppvmm-boot" --include "$kernel/vmlinuz" \
         --include "$kernel/guests" --include "$root/tests/lab/linux_heat.sh" -- sh /linux_heat.sh 2G 256 512 512 || status=$?
     done
-    if ! command -v gnuplot >/dev/null; then
-      say "no plot: there is no gnuplot"
-    elif [[ -e $folder/6.12-kernel-memfd.log ]]; then
-      python3 "$tools/heat_plot.py" "$folder/heat.svg" "A Linux guest of 2 GiB fills 1 GiB of its memory and frees it" \
-        anonymous="$folder/6.12-kernel-anonymous.log" memfd="$folder/6.12-kernel-memfd.log" || status=$?
-      say "the plot: build/heat/heat.svg"
-    fi
+    python3 "$tools/heat_plot.py" "$folder/heat.svg" "A Linux guest of 2 GiB fills 1 GiB of its memory and frees it" \
+      anonymous="$folder/$newest-kernel-anonymous.log" memfd="$folder/$newest-kernel-memfd.log" || exit
+    say "the plot: build/heat/heat.svg"
     ;;
   *) die "table: no option $1 (./dev help)" ;;
 esac
