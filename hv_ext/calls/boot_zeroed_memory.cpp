@@ -47,8 +47,8 @@ BootZeroedOutput encode_boot_zeroed(std::span<const PageRange> ranges) {
 
 struct BootZeroedState;
 
-/// An answer from its call to its end: what it has to leave out are the outputs of all that were in progress meanwhile,
-/// which hold data in the end.
+/// An answer from its call until it is written: what it has to leave out are the outputs of all that were in progress
+/// meanwhile, which hold data in the end.
 class AnswerInProgress {
 public:
   AnswerInProgress(BootZeroedState& all, GuestAddress to);
@@ -144,16 +144,28 @@ HvStatus BootZeroedState::answer(GuestAddress output) {
 
 HvStatus BootZeroedState::answer(AnswerInProgress& own, const LeavingSurvey& found) {
   std::vector<PageRange> ranges;
-  PageSet leave_out = found.leave_out;
-  bool knows_all = true;
-  {
-    // Who begins later has another survey before it writes.
+  PageSet leave_out;
+  // A call that begins before this one is written may be written first. Each vCPU begins one and waits then.
+  constexpr int most_tries = 16;
+  bool is_over = false;
+  for (int tries = 1; !is_over; ++tries) {
+    std::uint64_t known = 0;
+    bool knows_all = true;
+    leave_out = found.leave_out;
+    {
+      const std::lock_guard lock(mutex);
+      leave_out.add(own.leave_out);
+      known = own.leave_out.page_count();
+      knows_all = own.knows_all;
+    }
+    ranges.clear();
+    if (knows_all && tries < most_tries) ranges = found.survey.zeroed.largest(hv_boot_zeroed_max_ranges, leave_out);
+    if (!memory.write(own.output, encode_boot_zeroed(ranges))) return HvStatus::invalid_parameter;
     const std::lock_guard lock(mutex);
-    leave_out.add(own.leave_out);
-    knows_all = own.knows_all;
+    is_over = ranges.empty() || (own.knows_all && own.leave_out.page_count() == known);
+    // Who begins now has a survey that finds this answer.
+    if (is_over) std::erase(in_progress, &own);
   }
-  if (knows_all) ranges = found.survey.zeroed.largest(hv_boot_zeroed_max_ranges, leave_out);
-  if (!memory.write(own.output, encode_boot_zeroed(ranges))) return HvStatus::invalid_parameter;
   const BootZeroedAnswer answer{
       .output = own.output, .ranges = std::move(ranges), .survey = found.survey, .leave_out = leave_out};
   if (options.on_answer) options.on_answer(answer);

@@ -1,19 +1,25 @@
 #include <algorithm>
+#include <cerrno>
 #include <chrono>
 #include <condition_variable>
 #include <cstdint>
+#include <fcntl.h>
 #include <functional>
 #include <gtest/gtest.h>
+#include <linux/userfaultfd.h>
 #include <mutex>
 #include <optional>
 #include <set>
 #include <stop_token>
 #include <string>
+#include <sys/ioctl.h>
 #include <sys/mman.h>
+#include <sys/syscall.h>
 #include <thread>
 #include <unistd.h>
 #include <vector>
 
+#include "support/descriptor.hpp"
 #include "support/each_system_call.hpp"
 #include "support/failing_allocations.hpp"
 #include "support/kernel_files.hpp"
@@ -65,14 +71,15 @@ protected:
     changed.wait(lock, [&] { return is_let_go; });
   }
 
+  static HvCheckedCall call_to(GuestAddress output) {
+    HvCheckedCall call;
+    call.output = output;
+    return call;
+  }
   /// Another vCPU, which asks.
   std::jthread ask() {
     const GuestAddress output = output_of(++asked);
-    return std::jthread([this, output] {
-      HvCheckedCall call;
-      call.output = output;
-      EXPECT_EQ(row.handler(call).status, HvStatus::success);
-    });
+    return std::jthread([this, output] { EXPECT_EQ(row.handler(call_to(output)).status, HvStatus::success); });
   }
   /// Of the vCPU that asks as the so manieth; nobody has written there.
   static GuestAddress output_of(std::uint64_t vcpu) { return GuestAddress((4 * vcpu + 2) * page_size); }
@@ -169,6 +176,34 @@ TEST_F(Vcpus, LeaveOutEachOthersOutputs) {
         EXPECT_NE(first, output_of(other).page().value()) << asking << ", " << other;
     }
   }
+}
+
+// One that begins while another is written may be written first.
+TEST_F(Vcpus, LeaveOutTheOutputOfACallThatBeginsWhileTheyAreWritten) {
+  test::Descriptor faults(static_cast<int>(syscall(SYS_userfaultfd, O_CLOEXEC | UFFD_USER_MODE_ONLY)));
+  uffdio_api api{.api = UFFD_API, .features = 0, .ioctls = 0};
+  if (!faults.is_open() || ioctl(faults.number(), UFFDIO_API, &api) != 0)
+    GTEST_SKIP() << "no userfaultfd: errno " << errno;
+  const PageNumber next = memory.snapshot()->regions().back().pages().end();
+  const Region slow = *Region::anonymous(GuestAddress(next.value() * page_size), page_size);
+  ASSERT_TRUE(memory.add_region(slow));
+  uffdio_register watched{};
+  watched.range = {.start = reinterpret_cast<std::uintptr_t>(slow.host_address()), .len = page_size};
+  watched.mode = UFFDIO_REGISTER_MODE_MISSING;
+  ASSERT_EQ(ioctl(faults.number(), UFFDIO_REGISTER, &watched), 0);
+  let_go();
+
+  std::jthread first([&] { EXPECT_EQ(row.handler(call_to(slow.start())).status, HvStatus::success); });
+  uffd_msg fault{};
+  ASSERT_EQ(read(faults.number(), &fault, sizeof fault), static_cast<ssize_t>(sizeof fault));
+  EXPECT_EQ(row.handler(call_to(output_of(1))).status, HvStatus::success);
+  uffdio_zeropage filled{.range = watched.range, .mode = 0, .zeropage = 0};
+  ASSERT_EQ(ioctl(faults.number(), UFFDIO_ZEROPAGE, &filled), 0);
+  first.join();
+  EXPECT_EQ(*memory.read_value<std::uint64_t>(slow.start()), 255U);
+  for (std::uint64_t range = 0; range < 255; ++range)
+    EXPECT_NE(*memory.read_value<std::uint64_t>(GuestAddress(slow.start().value() + 8 + 16 * range)),
+              output_of(1).page().value());
 }
 
 TEST_F(Vcpus, WaitNoLongerThanTheyAreToldTo) {
