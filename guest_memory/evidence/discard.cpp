@@ -361,6 +361,7 @@ MemoryResult<Discarded> Region::discard(PageRange range, DiscardMode mode) const
   if (range.empty()) return Discarded{};
   if (range.first() < pages().first() || pages().end() < range.end()) return refuse_range(MemoryErrc::not_backed);
   if (kind() == RegionKind::rom) return refuse_range(MemoryErrc::read_only);
+  if (backing() == Backing::unknown && mode == DiscardMode::free_only) return Discarded{.kept_pages = range.count()};
   if (backing() == Backing::unknown) return refuse_range(MemoryErrc::unavailable);
   const std::uint64_t offset = range.start_address().value() - start().value();
   const DiscardTarget target{

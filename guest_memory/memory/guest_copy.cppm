@@ -24,7 +24,7 @@ struct GuestAccess {
 };
 
 /// By loads and stores, these are relaxed atomic accesses of the widest aligned size, up to 8 bytes, and of 64 bytes
-/// and more for the most part of 16, aligned or not: the guest accesses the memory at the same time.
+/// and more whatever is fast: the guest accesses the memory at the same time.
 [[nodiscard]] GuestAccess copy_from_guest(GuestReach reach, std::byte* into, const std::byte* guest,
                                           std::uint64_t bytes);
 [[nodiscard]] GuestAccess copy_to_guest(GuestReach reach, std::byte* guest, const std::byte* from, std::uint64_t bytes);

@@ -250,7 +250,8 @@ MemoryResult<Discarded> MemoryMap::discard(const PageSet& pages, DiscardMode mod
   if (!parts) return std::unexpected(parts.error());
   for (const RegionPart& part : *parts) {
     if (part.region->kind() == RegionKind::rom) return refuse_part(MemoryErrc::read_only, part, operation);
-    if (part.region->backing() == Backing::unknown) return refuse_part(MemoryErrc::unavailable, part, operation);
+    if (part.region->backing() == Backing::unknown && mode != DiscardMode::free_only)
+      return refuse_part(MemoryErrc::unavailable, part, operation);
   }
   Discarded sum;
   for (const RegionPart& part : *parts) {

@@ -25,9 +25,9 @@ concept GuestValue = std::is_trivially_copyable_v<T> && std::is_trivially_defaul
 /// (GuestMemory). Safe to use from any thread.
 ///
 /// Accesses may cross regions that touch. They copy with relaxed atomic loads and stores of up to 8 bytes, accesses of
-/// 64 bytes and more with some of 16, so that a guest which writes at the same time can tear a value but not break this
-/// program; a naturally aligned access of 1, 2, 4 or 8 bytes is not torn. What fails: not_backed, out_of_range and, for
-/// `write`, read_only; the error says where, and in `completed` how many bytes went before.
+/// 64 bytes and more with whatever is fast, so that a guest which writes at the same time can tear a value but not
+/// break this program; a naturally aligned access of 1, 2, 4 or 8 bytes is not torn. What fails: not_backed,
+/// out_of_range and, for `write`, read_only; the error says where, and in `completed` how many bytes went before.
 ///
 /// Adopted memory is copied by the kernel (process_vm_readv, process_vm_writev; by a pipe where these are forbidden or
 /// do not reach, as for device memory), for an embedder may protect, truncate or unmap it, and the host may lose it:

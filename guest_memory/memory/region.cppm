@@ -160,11 +160,11 @@ public:
   /// - hugetlb_private_file: as hugetlb where the file had no data when the region was made, and else cleared, for the
   ///   file's data would come back otherwise.
   ///
-  /// Fails with not_backed (a page is not in the region), read_only (ROM), unavailable (unknown backing), and has then
-  /// done nothing; or with inaccessible (a page to clear cannot be had; EHWPOISON: it was lost to a memory error) or
-  /// os, with the guest's address, and may then have discarded some. Nobody should write the pages meanwhile, as their
-  /// content would be lost or not; a device that writes behind the kernel's back (pinned memory) must not, for its
-  /// writes would go to memory that the guest no longer has.
+  /// Fails with not_backed (a page is not in the region), read_only (ROM), unavailable (unknown backing, which
+  /// free_only keeps), and has then done nothing; or with inaccessible (a page to clear cannot be had; EHWPOISON: it
+  /// was lost to a memory error) or os, with the guest's address, and may then have discarded some. Nobody should write
+  /// the pages meanwhile, as their content would be lost or not; a device that writes behind the kernel's back (pinned
+  /// memory) must not, for its writes would go to memory that the guest no longer has.
   ///
   /// A userfaultfd that holds the memory here is told (UFFD_EVENT_REMOVE, if it asked for that), and the call waits
   /// until it has read so: its handler must not wait for this call, nor for what waits for it (GuestMemory::discard).
@@ -176,7 +176,8 @@ public:
   [[nodiscard]] MemoryResult<Discarded> discard(PageRange pages, DiscardMode mode = DiscardMode::free_or_clear) const;
 
   /// Tells the kernel what the pages will be used for; they keep what they hold. not_backed where a page is not in the
-  /// region; unavailable where the kernel does not take it: for hugetlb kinds, locked memory, an older kernel; os.
+  /// region; unavailable where the kernel does not take it: cold and page_out for hugetlb kinds and locked memory, all
+  /// on an older kernel; os.
   [[nodiscard]] MemoryResult<void> advise(PageRange pages, PageUse use) const;
 
   /// Has the host allocate all of the region now (MADV_POPULATE_WRITE, Linux 5.14), so that no access faults later.
