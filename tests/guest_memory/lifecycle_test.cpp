@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <array>
 #include <atomic>
 #include <cerrno>
@@ -22,6 +23,7 @@
 #include "support/huge_pages.hpp"
 #include "support/locked_memory.hpp"
 #include "support/machine_facts.hpp"
+#include "support/swap.hpp"
 
 import cppvmm.guest_memory;
 
@@ -319,6 +321,36 @@ TEST_P(LifecycleOf, AdviceLeavesWhatPagesHold) {
   EXPECT_EQ(region->advise(pages(first - 1, 2), PageUse::cold).error().code, MemoryErrc::not_backed);
   const auto beyond = memory.snapshot()->advise(pages(first + count - 1, 2), PageUse::cold);
   EXPECT_EQ(beyond.error().code, MemoryErrc::not_backed);
+}
+
+TEST(PageAdvice, IsTakenByTheKernel) {
+  const auto swap = test::SwapSpace::take();
+  if (!swap) GTEST_SKIP() << swap.error();
+  const Region region = *Region::anonymous(GuestAddress(0), 64 * page_size);
+  ASSERT_TRUE(region.set_huge_pages(HugePages::never));
+  const auto advise = [&](PageRange range, PageUse use) {
+    const auto done = region.advise(range, use);
+    EXPECT_TRUE(done) << done.error().message();
+  };
+  const auto count_of = [](const std::vector<bool>& each) { return std::ranges::count(each, true); };
+  const auto swapped = [&] { return count_of(test::swapped_pages(region.host_address(), region.bytes())); };
+  const auto in_memory = [&] { return count_of(test::cached_pages(region.host_address(), region.bytes())); };
+  store_all(region, pages(0, 32));
+  advise(pages(0, 32), PageUse::cold);
+  EXPECT_EQ(swapped(), 0);
+  // The kernel may leave some of them, and take them another time.
+  for (int tries = 0; tries < 100 && swapped() != 16; ++tries)
+    advise(pages(0, 16), PageUse::page_out);
+  EXPECT_EQ(swapped(), 16);
+  EXPECT_EQ(in_memory(), 16);
+  advise(region.pages(), PageUse::will_need);
+  for (int tries = 0; tries < 1'000'000 && in_memory() != 32; ++tries)
+    std::this_thread::yield(); // it is not waited for
+  EXPECT_EQ(in_memory(), 32) << "and none of those that nobody touched";
+  advise(region.pages(), PageUse::populate);
+  EXPECT_EQ(swapped(), 0);
+  EXPECT_EQ(in_memory(), 64);
+  EXPECT_EQ(text(data_in(region)), text(PageSet(pages(0, 32))));
 }
 
 TEST_P(LifecycleOf, NoMemoryIsAllocatedToDiscardIt) {
