@@ -171,8 +171,10 @@ void add(HeatFigures& sum, const HeatCounts& counts) {
   sum.hot_pages += counts.hot_pages;
   sum.discard_pages += counts.discard_pages;
   sum.freed_pages += counts.done.freed_pages;
+  sum.cleared_pages += counts.done.cleared_pages;
   sum.advised_pages += counts.done.advised_pages;
   sum.kept_pages += counts.done.kept_pages;
+  sum.failed_pages += counts.done.failed_pages;
 }
 
 EnlightenmentBits bits_in(const std::vector<CpuidEntry>& leaves) {
@@ -648,8 +650,15 @@ private:
     if (options_.hypercalls == Hypercalls::off) return {};
     HvOptions hv;
     hv.boot_zeroed_memory = has_enlightenment(options_.enlightenments, "hv-boot-zeroed-mem");
-    if (has_enlightenment(options_.enlightenments, "hv-memory-hint"))
+    if (has_enlightenment(options_.enlightenments, "hv-memory-hint")) {
+      // Others may take huge pages that the guest gives back.
+      if (!fault_guard_) {
+        auto installed = FaultGuard::install();
+        if (!installed) return failure(installed.error().message());
+        fault_guard_.emplace(std::move(*installed));
+      }
       hv.memory_heat.policy = standard_heat_policy(*memory_);
+    }
     if (!options_.map.empty())
       hv.memory_heat.on_hint = [this](const HeatHinted& hinted) {
         if (hinted.done.freed_pages != 0) returned_.add(hinted.pages);
@@ -785,6 +794,7 @@ private:
   std::vector<std::shared_ptr<OwnMapping>> mappings_;
   std::unique_ptr<GuestMemory> memory_;
   Findings findings_;
+  std::optional<FaultGuard> fault_guard_;
   ReturnedPages returned_; ///< Of this boot.
   std::mutex answering_;   // one audit at a time
   std::unique_ptr<TraceFile> trace_;

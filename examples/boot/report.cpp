@@ -189,7 +189,8 @@ std::string to_json(const RunFigures& figures) {
   const HeatFigures& heat = figures.heat;
   const Json hints = {{"cold_pages", heat.cold_pages},       {"hot_pages", heat.hot_pages},
                       {"discard_pages", heat.discard_pages}, {"freed_pages", heat.freed_pages},
-                      {"advised_pages", heat.advised_pages}, {"kept_pages", heat.kept_pages}};
+                      {"cleared_pages", heat.cleared_pages}, {"advised_pages", heat.advised_pages},
+                      {"kept_pages", heat.kept_pages},       {"failed_pages", heat.failed_pages}};
   const Json calls = {{"0x8001", figures.calls.query_capabilities},
                       {"0x8002", figures.calls.get_boot_zeroed_memory},
                       {"0x8003", figures.calls.memory_heat_hint},
@@ -279,9 +280,11 @@ std::string to_text(const RunFigures& figures) {
     text += "\nresets      " + std::to_string(figures.resets) +
             (figures.answers.boots.empty() ? "" : ", " + by_boot(figures.answers));
   if (figures.calls.memory_heat_hint != 0)
-    text += "\nhints       " + std::to_string(figures.calls.memory_heat_hint) + ": " +
-            mebibytes(figures.heat.freed_pages * zeroing::page_bytes) + " given back of " +
-            mebibytes(figures.heat.discard_pages * zeroing::page_bytes);
+    text += "\nhints       " + std::to_string(figures.calls.memory_heat_hint) +
+            (figures.heat.discard_pages == 0
+                 ? ""
+                 : ": " + mebibytes(figures.heat.freed_pages * zeroing::page_bytes) + " given back of " +
+                       mebibytes(figures.heat.discard_pages * zeroing::page_bytes));
   if (figures.guest) text += "\nguest       zeroed " + share(figures.guest->zeroed_pages, figures.ram_pages);
   if (figures.guest && (figures.guest->seen & zeroing::gave_back) != 0)
     text += ", gave back " + mebibytes(figures.guest->given_back_pages * zeroing::page_bytes);

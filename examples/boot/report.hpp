@@ -111,8 +111,10 @@ struct HeatFigures {
   std::uint64_t hot_pages = 0;
   std::uint64_t discard_pages = 0;
   std::uint64_t freed_pages = 0;
+  std::uint64_t cleared_pages = 0;
   std::uint64_t advised_pages = 0;
   std::uint64_t kept_pages = 0;
+  std::uint64_t failed_pages = 0;
 };
 
 /// Processor time of a vCPU's thread.

@@ -5,6 +5,7 @@ module;
 #include <cstdint>
 #include <expected>
 #include <functional>
+#include <optional>
 #include <span>
 #include <vector>
 export module cppvmm.hv_calls:call_table;
@@ -58,8 +59,9 @@ export struct HvCallRow {
   bool is_costly = false;                 ///< HvOptions::rate_limit holds for it.
   std::uint64_t capability = 0;           ///< The bits of HvExtCallQueryCapabilities' answer that offer it.
   HvCallHandler handler{};
-  /// The machine was reset: calls that were to go on never will. While no call is in progress. May be null.
-  std::function<void()> on_reset{};
+  /// A call of this vCPU that was to go on never will, for its next step was refused, or was none; without one, no call
+  /// will, for the machine was reset. May be null.
+  std::function<void(std::optional<std::uint32_t> vp_index)> on_abandoned{};
 };
 
 /// The calls that are answered. Immutable.

@@ -111,11 +111,12 @@ public:
   void add(const HeatHinted& hinted) {
     const HeatDone& done = hinted.done;
     add(named_[static_cast<std::size_t>(hinted.heat)],
-        done.freed_pages + done.cleared_pages + done.advised_pages + done.kept_pages);
+        done.freed_pages + done.cleared_pages + done.advised_pages + done.kept_pages + done.failed_pages);
     add(freed_, done.freed_pages);
     add(cleared_, done.cleared_pages);
     add(advised_, done.advised_pages);
     add(kept_, done.kept_pages);
+    add(failed_, done.failed_pages);
   }
   [[nodiscard]] HeatCounts sum() const {
     const auto named = [&](HvMemoryHeat heat) { return get(named_[static_cast<std::size_t>(heat)]); };
@@ -125,7 +126,8 @@ public:
             .done = {.freed_pages = get(freed_),
                      .cleared_pages = get(cleared_),
                      .advised_pages = get(advised_),
-                     .kept_pages = get(kept_)}};
+                     .kept_pages = get(kept_),
+                     .failed_pages = get(failed_)}};
   }
 
 private:
@@ -137,6 +139,7 @@ private:
   Pages cleared_ = 0;
   Pages advised_ = 0;
   Pages kept_ = 0;
+  Pages failed_ = 0;
 };
 
 /// Keeps a page of a call's parameters known while the call is in progress. That of the output reads zero until the
@@ -327,7 +330,7 @@ void ExtendedHypercalls::reset() {
     state_->has_asked = false;
   }
   for (const HvCallRow& row : state_->table.rows())
-    if (row.on_reset) row.on_reset();
+    if (row.on_abandoned) row.on_abandoned(std::nullopt);
 }
 
 const HvOptions& ExtendedHypercalls::options() const { return state_->options; }
@@ -371,19 +374,26 @@ HvCallStep ExtendedHypercalls::State::answer(const HvCheckedCall& call, const Hv
 
 HvCallStep ExtendedHypercalls::State::answer(const HvCall& call, const HvCallRow* row, Clock::time_point until) {
   const HvControl control{call.control};
-  if (control.has_reserved_bits() || control.is_nested()) return done(HvStatus::invalid_hypercall_input);
-  if (control.is_fast()) return done(HvStatus::invalid_parameter);
-  if (row == nullptr) return done(HvStatus::invalid_hypercall_code);
+  const std::uint16_t reps_before =
+      row != nullptr && row->kind == HvCallKind::rep ? control.rep_start() : std::uint16_t{0};
+  const auto refuse = [&](HvStatus status) {
+    if (row != nullptr && row->on_abandoned) row->on_abandoned(call.vp_index);
+    // Where the control word is at fault, it says nothing of a list.
+    const bool has_list = status != HvStatus::invalid_hypercall_input && !control.is_fast();
+    return done(status, has_list ? reps_before : std::uint16_t{0});
+  };
+  if (control.has_reserved_bits() || control.is_nested()) return refuse(HvStatus::invalid_hypercall_input);
+  if (control.is_fast()) return refuse(HvStatus::invalid_parameter);
+  if (row == nullptr) return refuse(HvStatus::invalid_hypercall_code);
   HvCallInput input;
   auto checked = check_call(call, *row, memory, input);
-  if (!checked) return done(checked.error());
+  if (!checked) return refuse(checked.error());
   checked->until = until;
-  const std::uint16_t reps_before = row->kind == HvCallKind::rep ? control.rep_start() : std::uint16_t{0};
   const bool has_output = row->output_bytes != 0 || row->output_bytes_per_rep != 0;
-  if (has_output && in_use.is_overlay(call.output.page())) return done(HvStatus::invalid_parameter, reps_before);
+  if (has_output && in_use.is_overlay(call.output.page())) return refuse(HvStatus::invalid_parameter);
   const Clock::time_point begin = Clock::now();
   const bool is_limited = budget && row->is_costly;
-  if (is_limited && budget->is_used_up(begin)) return done(HvStatus::operation_denied, reps_before);
+  if (is_limited && budget->is_used_up(begin)) return refuse(HvStatus::operation_denied);
   HvCallStep step;
   try {
     std::optional<PageInUse> output;

@@ -25,8 +25,8 @@ export struct HvHeatOptions {
   HeatPolicy policy{};
   bool offers_cold_discard = true; ///< HeatOptions::offers_cold_discard.
   /// Pages that a cold discard leaves alone, until ExtendedHypercalls::set_pinned. It leaves alone, too, what answers
-  /// leave out: SurveyOptions::leave_out, the hypercall page, the reference TSC page, outputs of calls in progress; and
-  /// its own input. Of the rest, a guest that gives away what it uses harms itself.
+  /// leave out: SurveyOptions::leave_out, the hypercall page, the reference TSC page where it is not KVM's, outputs of
+  /// calls in progress; and its own input. Of the rest, a guest that gives away what it uses harms itself.
   PageSet pinned{};
   std::function<void(const HeatHinted&)> on_hint{}; ///< HeatOptions::on_hint.
 };
@@ -38,8 +38,9 @@ export struct HvRateLimit {
   std::chrono::nanoseconds period{};
 };
 
-/// What the guest is offered. Two of these are what it begins with, and may change while it runs: boot_zeroed_memory
-/// (ExtendedHypercalls::offer_boot_zeroed_memory) and survey (ExtendedHypercalls::set_survey).
+/// What the guest is offered. Three of these are what it begins with, and may change while it runs: boot_zeroed_memory
+/// (ExtendedHypercalls::offer_boot_zeroed_memory), survey (ExtendedHypercalls::set_survey) and memory_heat.pinned
+/// (ExtendedHypercalls::set_pinned).
 export struct HvOptions {
   /// CPUID 0x40000003.EBX bit 20. Without it extended hypercalls get HvStatus::access_denied.
   bool extended_hypercalls = true;
@@ -49,7 +50,9 @@ export struct HvOptions {
   /// HvExtCallMemoryHeatHint and its capability bits. Needs extended_hypercalls. Without a policy, `calls` may have a
   /// row of that code.
   HvHeatOptions memory_heat{};
-  /// How long a rep call may keep the guest from its interrupts. TLFS aims at 50 us; each time costs an exit more.
+  /// How long a step of a rep call goes on before the guest gets its interrupts, but for the part that it is at, of 2
+  /// to 64 MiB (a huge page of the pool at least), and what that waits for: discards of other vCPUs, a userfaultfd's
+  /// handler. TLFS aims at 50 us; each step costs an exit more.
   std::chrono::nanoseconds call_time = std::chrono::microseconds(200);
   /// Of HvExtCallGetBootZeroedMemory, HvExtCallMemoryHeatHint, and rows that are HvCallRow::is_costly. A call that
   /// begins when the time is used up, or is to go on then, gets operation_denied. What a call takes is counted with
@@ -61,7 +64,8 @@ export struct HvOptions {
   /// Called on the calling vCPU's thread, after the answer was written and before `handle` returns; for several vCPUs
   /// at the same time. No more than two surveys are kept for answers, so that a third waits for it: it must neither
   /// call `handle` nor wait for another vCPU. The answer is gone afterwards, for its survey may be large: what is to
-  /// stay is to be copied, and then bounded by whoever copies it, for a guest may ask again and again. Must not throw.
+  /// stay is to be copied, and then bounded by whoever copies it, for a guest may ask again and again. Throws nothing
+  /// but std::bad_alloc, for which the guest gets insufficient_memory.
   std::function<void(const BootZeroedAnswer&)> on_boot_zeroed{};
   /// Calls of the embedder's own, of any code that is not answered here. Which ever arrive depends on how hypercalls
   /// do: KVM hands over extended calls (0x8001 to 0x8041), HvCallPostMessage and HvCallSignalEvent, and answers all
@@ -109,11 +113,12 @@ public:
   /// - output to the hypercall page, or the reference TSC page: invalid_parameter;
   /// - a costly call beyond the rate limit: operation_denied;
   /// - no memory left for the answer: insufficient_memory.
-  /// Unless the status is success, nothing is written by the calls answered here; a rep call may have done what its
-  /// reps completed say.
+  /// Unless the status is success, nothing is written by the calls answered here; a rep call has done what its reps
+  /// completed say, and may have done more.
   [[nodiscard]] HypercallResult handle(const HvCall& call);
   /// The same, for no longer than HvOptions::call_time or so: a rep call may have to go on. For VMMs that can leave RIP
-  /// on the call (set_hv_control); `handle` keeps the guest from its interrupts until all of the list is done.
+  /// on the call (set_hv_control); `handle` keeps the guest from its interrupts until all of the list is done, which
+  /// may name all of memory 511 times.
   [[nodiscard]] HvCallProgress handle_some(const HvCall& call);
 
   /// Where the hypercall page is now, if anywhere: calls that begin later write no output to it, for the guest may only
@@ -137,7 +142,7 @@ public:
   [[nodiscard]] HvResult<void> offer_boot_zeroed_memory(bool is_offered);
   [[nodiscard]] bool offers_boot_zeroed_memory() const;
   /// The machine was reset: its guest has not asked yet, and calls that were to go on never will. The counts go on, and
-  /// so does what was set. While no call is in progress; Hyperv::reset does that.
+  /// so does what was set. While no call is in progress. Hyperv::reset and Hyperv::restore do that.
   void reset();
 
   /// As they were given to `create`.

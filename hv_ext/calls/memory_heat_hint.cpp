@@ -23,13 +23,24 @@ namespace cppvmm {
 
 using Clock = std::chrono::steady_clock;
 
+/// Those that would be a SIGBUS to the next who writes there, when others have taken what the guest gave back.
+static PageSet pages_to_keep(const MemoryMap& map) {
+  PageSet pages;
+  for (const Region& region : map.regions())
+    if (region.page_bytes() > page_size && !region.is_adopted()) pages.add(region.pages());
+  return pages;
+}
+
 HeatPolicy standard_heat_policy(GuestMemory& memory, HeatAdvice advice) {
   return [&memory, advice](HvMemoryHeat heat, const PageSet& pages) -> MemoryResult<HeatDone> {
     if (heat == HvMemoryHeat::cold_discard) {
-      const auto done = memory.discard(pages, DiscardMode::free_only);
+      PageSet given = pages;
+      if (!FaultGuard::is_installed()) given.remove(pages_to_keep(*memory.snapshot()));
+      const auto done = memory.discard(given, DiscardMode::free_only);
       if (!done) return std::unexpected(done.error());
-      return HeatDone{
-          .freed_pages = done->freed_pages, .cleared_pages = done->cleared_pages, .kept_pages = done->kept_pages};
+      return HeatDone{.freed_pages = done->freed_pages,
+                      .cleared_pages = done->cleared_pages,
+                      .kept_pages = done->kept_pages + pages.page_count() - given.page_count()};
     }
     const auto advised = memory.snapshot()->advise(pages, heat == HvMemoryHeat::cold ? advice.cold : advice.hot);
     if (!advised) return std::unexpected(advised.error());
@@ -150,7 +161,7 @@ struct HeatState {
   HeatState(const GuestMemory& guest_memory, HeatOptions chosen) : memory(guest_memory), options(std::move(chosen)) {}
 
   [[nodiscard]] HvCallAnswer answer(const HvCheckedCall& call);
-  void reset();
+  void forget(std::optional<std::uint32_t> vp_index);
   /// From where on the list is to be done.
   [[nodiscard]] Progress resume(const HvCheckedCall& call, const HintList& list, HvMemoryHeat heat);
   void keep(std::uint32_t vp_index, const HintList& list, HvMemoryHeat heat, const Progress& progress);
@@ -160,9 +171,12 @@ struct HeatState {
                                Progress& progress) const;
 };
 
-void HeatState::reset() {
+void HeatState::forget(std::optional<std::uint32_t> vp_index) {
   const std::lock_guard lock(mutex);
-  begun.clear();
+  if (vp_index)
+    begun.erase(*vp_index);
+  else
+    begun.clear();
 }
 
 Progress HeatState::resume(const HvCheckedCall& call, const HintList& list, HvMemoryHeat heat) {
@@ -216,12 +230,13 @@ HvStatus HeatState::apply(const HvCheckedCall& call, HvMemoryHeat heat, const Pa
       pages.remove(kept);
       apply();
     });
-  if (!done) return status_of(done.error());
+  const HvStatus status = done ? HvStatus::success : status_of(done.error());
+  if (!done) done = HeatDone{.failed_pages = pages.page_count()};
   progress.has_effect = progress.has_effect || done->freed_pages + done->cleared_pages + done->advised_pages > 0;
   progress.has_kept = progress.has_kept || done->kept_pages > 0;
   done->kept_pages += part.named - pages.page_count();
   if (options.on_hint) options.on_hint({.vp_index = call.vp_index, .heat = heat, .pages = pages, .done = *done});
-  return HvStatus::success;
+  return status;
 }
 
 HvCallAnswer HeatState::answer(const HvCheckedCall& call) {
@@ -264,7 +279,7 @@ HvCallRow memory_heat_hint_row(const GuestMemory& memory, HeatOptions options) {
           .is_costly = true,
           .capability = capability,
           .handler = [state](const HvCheckedCall& call) { return state->answer(call); },
-          .on_reset = [state] { state->reset(); }};
+          .on_abandoned = [state](std::optional<std::uint32_t> vp_index) { state->forget(vp_index); }};
 }
 
 } // namespace cppvmm

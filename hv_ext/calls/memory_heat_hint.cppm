@@ -10,10 +10,12 @@ namespace cppvmm {
 
 /// What became of pages that the guest said something of.
 export struct HeatDone {
-  std::uint64_t freed_pages = 0;   ///< Given back to the host: they read zero, and the next answer reports them.
+  std::uint64_t freed_pages = 0;   ///< Given back to the host: they read zero.
   std::uint64_t cleared_pages = 0; ///< They read zero, and the host has memory for them still.
   std::uint64_t advised_pages = 0; ///< The host's kernel was told of them.
   std::uint64_t kept_pages = 0;    ///< Nothing was done.
+  /// The host's kernel failed: some may have been given back. Not a policy's to fill in.
+  std::uint64_t failed_pages = 0;
 
   friend bool operator==(const HeatDone&, const HeatDone&) = default;
 };
@@ -30,13 +32,19 @@ export struct HeatAdvice {
   PageUse hot = PageUse::will_need;
 };
 
-/// Cold discard gives the pages back (GuestMemory::discard), and leaves what can't be: parts of huge pages of the pool,
-/// files that are sealed. Of a private_file, that is so beyond 1024 parts. The others advise the kernel, and where it
-/// takes no advice (huge pages of the pool, locked memory) nothing is done. Shared memory that is locked is not given
-/// back. `memory` must outlive it and its copies.
+/// Cold discard gives the pages back (DiscardMode::free_only), and leaves what can't be: parts of huge pages of the
+/// pool, shared memory that is locked, files that are sealed, memory of unknown backing; of a private_file, what is
+/// beyond 1024 parts. The others advise the kernel, and where it takes no advice (MADV_COLD of huge pages of the pool
+/// and of locked memory) nothing is done. `memory` must outlive it and its copies.
+///
+/// Huge pages of the pool that a guest gives back may be others' when it wants them again: it gets no further then
+/// (Vcpu::run: MemoryFault), and an access of the VMM's is a SIGBUS, or an error where a FaultGuard is installed.
+/// Regions of the pool that cppvmm made are given back only while there is one, and kept otherwise.
 export [[nodiscard]] HeatPolicy standard_heat_policy(GuestMemory& memory, HeatAdvice advice = {});
 
-/// A part of a hint was done. Of one that failed, nobody is told.
+/// A part of a hint was done, or failed. Pages of a cold discard of which any was freed, cleared or failed may read
+/// otherwise than before, and no dirty log has them: who copies memory while the guest runs (a live migration, a live
+/// snapshot) is to copy all of `pages` again.
 export struct HeatHinted {
   std::uint32_t vp_index = 0;
   HvMemoryHeat heat{};
@@ -63,8 +71,8 @@ export struct HeatOptions {
   /// Calls `discard` with the pages that a cold discard has to leave alone until it returns, on the calling vCPU's
   /// thread. May be null: none.
   std::function<void(const std::function<void(const PageSet&)>& discard)> with_kept{};
-  /// Told of each part of a hint that was done, on the calling vCPU's thread, for several vCPUs at the same time. Must
-  /// not throw. May be null.
+  /// Told of each part of a hint, on the calling vCPU's thread, for several vCPUs at the same time. Throws nothing but
+  /// std::bad_alloc, which the guest sees as insufficient_memory. May be null.
   std::function<void(const HeatHinted&)> on_hint{};
 };
 

@@ -284,6 +284,7 @@ HypervResult<void> Hyperv::restore(Vcpu& vcpu, const HvState& state) {
       return refused({.code = HvErrc::invalid_state,
                       .operation = "a guest that had time of ours, where it is KVM's",
                       .value = state.reference_tsc_sequence});
+    state_->hypercalls.reset();
     return set_kvm_msrs(vcpu, state.guest_os_id, state.hypercall);
   }
   if (const auto time = state_->interface.time_source()) {
@@ -295,6 +296,7 @@ HypervResult<void> Hyperv::restore(Vcpu& vcpu, const HvState& state) {
                       .value = std::uint64_t{*khz} * 1000});
   }
   if (auto restored = state_->interface.restore(state); !restored) return refused(restored.error());
+  state_->hypercalls.reset();
   return state_->tell_os_id(vcpu, state.guest_os_id);
 }
 

@@ -64,7 +64,8 @@ public:
   /// What the guest has set up, over whichever transport, to be saved beside its memory, its vCPUs' registers and KVM's
   /// other MSRs. `vcpu` is any of the VM's; none runs. kvm when KVM does not give it.
   [[nodiscard]] HypervResult<HvState> state(const Vcpu& vcpu) const;
-  /// Puts it back, in a VM that has its memory already and whose vCPUs do not run yet, after `prepare` for each. The
+  /// Puts it back, in a VM that has its memory already and whose vCPUs do not run yet, after `prepare` for each, and
+  /// forgets what a guest before had begun (ExtendedHypercalls::reset). The
   /// hypercall page gets this transport's code: so it is the transport that it was saved over, unless no vCPU is in the
   /// page, nor was interrupted there. invalid_state when it is none that this memory can have
   /// (HypervInterface::restore), kvm when KVM refuses.

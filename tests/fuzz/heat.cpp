@@ -252,7 +252,8 @@ void Session::hint() {
   const bool may_go_on = abandoned_[call.vp_index] == std::array{list.heat, start, list.ranges[start]};
   if (list.heat <= cold_discard && (kind_ & 0xE0) != 0xE0) abandoned_[call.vp_index] = {UINT64_MAX};
   const bool in_steps = (kind_ & 0x40) == 0;
-  const auto result = this->call(call, list, in_steps ? right.named_pages / large_page + 2 : 0, also_named);
+  const auto result =
+      this->call(call, list, in_steps ? right.named_pages / large_page + list.size / 64 + 2 : 0, also_named);
   const bool has_changed = !also_named.empty();
   require(result.has_value() || has_changed, "a call comes to an end");
   if (result) require(result->has_value(), "a heat hint has a result");

@@ -258,7 +258,9 @@ TEST_F(Hints, HaveLetGoOfPagesThatArePinnedFromNowOn) {
     is_discarding = true;
     discards.count_down();
     pins.wait();
-    std::this_thread::yield();
+    // Time to come as far as to wait, and to go on if it did not.
+    for (int turns = 0; turns < 1000; ++turns)
+      std::this_thread::yield();
     is_discarding = false;
     return HeatDone{.freed_pages = set.page_count()};
   };
@@ -292,6 +294,8 @@ TEST_F(Hints, ThatTheHostFailsAtAreRefused) {
   auto chosen = options();
   std::function<MemoryResult<HeatDone>()> answer;
   chosen.memory_heat.policy = [&](HvMemoryHeat, const PageSet&) { return answer(); };
+  std::vector<HeatDone> told;
+  chosen.memory_heat.on_hint = [&](const HeatHinted& hinted) { told.push_back(hinted.done); };
   auto hypercalls = *ExtendedHypercalls::create(memory, chosen);
   const HvCall call = list(discard, {small(1, 1), small(2, 1)}, 1);
   const auto fails_with = [](MemoryErrc code, int os_error = 0) {
@@ -305,6 +309,8 @@ TEST_F(Hints, ThatTheHostFailsAtAreRefused) {
   EXPECT_EQ(hypercalls.handle(call), hv_result(HvStatus::operation_denied, 1));
   answer = []() -> MemoryResult<HeatDone> { throw std::bad_alloc(); };
   EXPECT_EQ(hypercalls.handle(call), hv_result(HvStatus::insufficient_memory, 1));
+  EXPECT_EQ(told, std::vector(3, HeatDone{.failed_pages = 1})) << "that some may be gone is to be known";
+  EXPECT_EQ(hypercalls.heat_counts(), (HeatCounts{.discard_pages = 3, .done = {.failed_pages = 3}}));
   answer = []() -> MemoryResult<HeatDone> { return HeatDone{.kept_pages = 1}; };
   EXPECT_EQ(hypercalls.handle(call), hv_result(HvStatus::invalid_parameter, 1));
 }
@@ -424,6 +430,8 @@ TEST_F(Hints, AreDoneWholeByAVmmThatCannotGoOn) {
 TEST(HintedHugePages, AreGivenBackWhole) {
   auto pool = test::HugePagePool::take();
   if (!pool) GTEST_SKIP() << pool.error();
+  const auto guard = FaultGuard::install();
+  ASSERT_TRUE(guard);
   GuestMemory memory(*MemoryMap::make({*Region::hugetlb_memfd(GuestAddress(0), 8 * mib, HugePageSize::two_mib)}));
   for (std::uint64_t page = 0; page < 2048; ++page)
     ASSERT_TRUE(memory.write_value(GuestAddress(page * page_size), page + 1));
@@ -448,6 +456,41 @@ TEST(HintedHugePages, AreGivenBackWhole) {
     EXPECT_EQ(value(page), page + 1) << page;
   // The kernel takes no advice for them.
   EXPECT_EQ(hinted(of_2_mib(3, 1), cold), hv_result(HvStatus::success, 1));
+}
+
+// Others may take what a guest gives back, and a store there is a SIGBUS then.
+TEST(HintedHugePages, AreKeptWhereNobodyMendsFaults) {
+  auto pool = test::HugePagePool::take();
+  if (!pool) GTEST_SKIP() << pool.error();
+  GuestMemory memory(*MemoryMap::make({*Region::hugetlb_memfd(GuestAddress(0), 8 * mib, HugePageSize::two_mib),
+                                       *Region::anonymous(GuestAddress(8 * mib), 2 * mib)}));
+  auto hypercalls = *ExtendedHypercalls::create(memory, {.memory_heat = {.policy = standard_heat_policy(memory)}});
+  constexpr GuestAddress input(8 * mib);
+  for (std::uint64_t at = 0; at < 8 * mib; at += page_size)
+    ASSERT_TRUE(memory.write_value(GuestAddress(at), std::uint64_t{1}));
+  const auto hinted = [&](std::uint64_t range) {
+    EXPECT_TRUE(memory.write_value(input, static_cast<std::uint64_t>(discard)));
+    EXPECT_TRUE(memory.write_value(GuestAddress(input.value() + 8), range));
+    return *hypercalls.handle({.control = hint | reps(1), .input = input});
+  };
+  EXPECT_EQ(hinted(of_2_mib(1, 2)), hv_result(HvStatus::invalid_parameter));
+  EXPECT_EQ(hypercalls.heat_counts().done, HeatDone{.kept_pages = 1024});
+  EXPECT_EQ(hinted(small(2049, 1)), hv_result(HvStatus::success, 1)) << "of no huge page";
+
+  const auto guard = FaultGuard::install();
+  ASSERT_TRUE(guard);
+  EXPECT_EQ(hinted(of_2_mib(1, 1)), hv_result(HvStatus::success, 1));
+  // All that the pool has, and more.
+  std::vector<Region> others;
+  for (std::uint64_t taken = 0; taken < 64; ++taken) {
+    auto other = Region::hugetlb(GuestAddress(0), 2 * mib, HugePageSize::two_mib);
+    if (!other) break;
+    others.push_back(*std::move(other));
+    static_cast<volatile char*>(others.back().host_address())[0] = 1;
+  }
+  EXPECT_EQ(*hypercalls.handle({.control = query, .output = GuestAddress(2 * mib)}),
+            hv_result(HvStatus::invalid_parameter));
+  EXPECT_EQ(*hypercalls.handle({.control = query, .output = GuestAddress(4 * mib)}), 0U);
 }
 
 TEST_F(Hints, AndAnswersAreDeniedBeyondTheRateLimit) {
@@ -477,6 +520,23 @@ TEST_F(Hints, AndAnswersAreDeniedBeyondTheRateLimit) {
     ++(result == hv_result(HvStatus::success, 1) ? allowed : denied);
   }
   EXPECT_GT(denied, 0);
+}
+
+// A step that is denied was the last one.
+TEST_F(HintsWithoutTime, BeginAnewAfterAStepThatWasRefused) {
+  const HvCall large = list(discard, {of_2_mib(1, 4), small(9000, 1)});
+  HvCall call = large;
+  EXPECT_FALSE(hypercalls->handle_some(call)->is_done);
+  call.input = GuestAddress(64 * mib); // no RAM
+  EXPECT_EQ(hypercalls->handle_some(call)->value, hv_result(HvStatus::invalid_parameter));
+  EXPECT_GT(run(large, hv_result(HvStatus::success, 2)), 0);
+  EXPECT_EQ(asked[512], 2);
+  EXPECT_EQ(asked[1024], 1);
+  // And it is told how many were done.
+  call = large;
+  call.control |= std::uint64_t{1} << 48;
+  call.input = GuestAddress(64 * mib);
+  EXPECT_EQ(hypercalls->handle_some(call)->value, hv_result(HvStatus::invalid_parameter, 1));
 }
 
 // Where a list begins is the guest's to say: one that goes on is no other than one that begins.
