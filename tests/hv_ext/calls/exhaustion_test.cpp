@@ -1,7 +1,9 @@
 #include <algorithm>
+#include <array>
 #include <cerrno>
 #include <chrono>
 #include <condition_variable>
+#include <cstddef>
 #include <cstdint>
 #include <fcntl.h>
 #include <functional>
@@ -10,6 +12,7 @@
 #include <mutex>
 #include <optional>
 #include <set>
+#include <span>
 #include <stop_token>
 #include <string>
 #include <sys/ioctl.h>
@@ -313,6 +316,104 @@ TEST_F(Exhaustion, EachSystemCallMayFail) {
   ASSERT_EQ(call(hypercalls, boot_zeroed), 0U);
   EXPECT_EQ(answered(), clean);
 }
+
+/// Hints of each kind, of memory of both regions.
+class HintExhaustion : public Exhaustion, public testing::WithParamInterface<HvMemoryHeat> {
+protected:
+  static constexpr GuestAddress list{3 * page_size};
+  static constexpr std::uint64_t reps = 3;
+
+  HintExhaustion() {
+    const std::array<std::uint64_t, 1 + reps> words = {static_cast<std::uint64_t>(GetParam()), 100 << 12 | 199,
+                                                       400 << 12, 1100 << 12 | 299};
+    EXPECT_TRUE(memory.write(list, std::as_bytes(std::span(words))));
+    named.add(pages(100, 200));
+    named.add(pages(400, 1));
+    named.add(pages(1100, 300));
+  }
+
+  void write_data() {
+    for (const PageRange& range : data.ranges())
+      for (std::uint64_t i = 0; i < range.count(); ++i)
+        static_cast<void>(memory.write_value(GuestAddress((range.first().value() + i) * page_size), std::uint64_t{1}));
+  }
+  [[nodiscard]] PageSet lost_data() const {
+    PageSet lost;
+    for (const PageRange& range : data.ranges())
+      for (std::uint64_t i = 0; i < range.count(); ++i)
+        if (const PageNumber page(range.first().value() + i);
+            *memory.read_value<std::uint64_t>(GuestAddress(page.value() * page_size)) == 0)
+          lost.add(pages(page.value(), 1));
+    return lost;
+  }
+  /// Nothing but what is named is gone, and no answer names what is there.
+  void expect_right(HvStatus status) {
+    PageSet more = lost_data();
+    if (GetParam() == HvMemoryHeat::cold_discard) {
+      PageSet left = data;
+      left.intersect(named);
+      left.remove(more);
+      const std::uint64_t kept = hypercalls.heat_counts().done.kept_pages;
+      EXPECT_TRUE(status != HvStatus::success || left.empty() || kept != kept_before) << "what is left is told";
+      kept_before = kept;
+      more.remove(named);
+    }
+    EXPECT_TRUE(more.empty());
+    clear_output();
+    ASSERT_EQ(call(hypercalls, boot_zeroed), 0U);
+    PageSet unsound = answered();
+    unsound.intersect(data);
+    unsound.remove(lost_data());
+    EXPECT_TRUE(unsound.empty());
+    clear_output();
+  }
+  [[nodiscard]] HvStatus hinted() {
+    const std::uint64_t result = *hypercalls.handle({.control = 0x8003 | reps << 32, .input = list});
+    EXPECT_LE(result >> 32, reps);
+    return static_cast<HvStatus>(result & 0xFFFF);
+  }
+
+  ExtendedHypercalls hypercalls =
+      *ExtendedHypercalls::create(memory, {.memory_heat = {.policy = standard_heat_policy(memory)}});
+  PageSet named;
+  std::uint64_t kept_before = 0;
+};
+
+TEST_P(HintExhaustion, EachAllocationMayFail) {
+  test::expect_nothing_left([&] {
+    write_data();
+    HvStatus status{};
+    const long allowed = test::allocations_left;
+    status = hinted();
+    test::allocations_left = -1;
+    if (status != HvStatus::success) {
+      EXPECT_EQ(status, HvStatus::insufficient_memory) << allowed;
+    }
+    expect_right(status);
+    return status != HvStatus::success;
+  });
+}
+
+TEST_P(HintExhaustion, EachSystemCallMayFail) {
+  if (const std::string missing = test::system_calls_missing(); !missing.empty()) GTEST_SKIP() << missing;
+  test::keep_heap();
+  HvStatus status{};
+  const std::size_t faults = test::fail_each_system_call({.prepare = [this] { write_data(); },
+                                                          .work = [&] { status = hinted(); },
+                                                          .check = [&] { expect_right(status); }});
+  EXPECT_GT(faults, 0U);
+  write_data();
+  EXPECT_EQ(hinted(), HvStatus::success);
+  expect_right(HvStatus::success);
+}
+
+INSTANTIATE_TEST_SUITE_P(Heats, HintExhaustion,
+                         testing::Values(HvMemoryHeat::cold, HvMemoryHeat::hot, HvMemoryHeat::cold_discard),
+                         [](const auto& info) {
+                           return info.param == HvMemoryHeat::cold  ? "cold"
+                                  : info.param == HvMemoryHeat::hot ? "hot"
+                                                                    : "cold_discard";
+                         });
 
 // It asks the kernel nothing.
 TEST_F(Exhaustion, TheCapabilitiesNeedNoSystemCall) {
