@@ -35,10 +35,10 @@ using nlohmann::json;
 class LinuxHostile : public LinuxLoads {
 protected:
   [[nodiscard]] std::vector<std::string> arguments(const File& initrd, const std::string& transport,
-                                                   const std::string& cpus,
-                                                   const std::vector<std::string>& more) const {
+                                                   const std::string& cpus, const std::vector<std::string>& more,
+                                                   const std::string& enlightenments = "minimal") const {
     std::vector<std::string> all = {
-        "--memory", "256M", "--cpus", cpus, "--hypercalls", transport, "--enlightenments", "minimal", "--kernel",
+        "--memory", "256M", "--cpus", cpus, "--hypercalls", transport, "--enlightenments", enlightenments, "--kernel",
         kernel, "--initrd", initrd.path(), "--append",
         // Linux would write zeros to pages that it allocates, so that none stayed untouched.
         std::string(linux_command_line) + "pci init_on_alloc=0", "--json", "-"};
@@ -47,13 +47,20 @@ protected:
   }
 
   [[nodiscard]] std::string file_system(const std::string& transport, const std::vector<std::string>& loads) const {
-    std::string init = "#!/bin/busybox sh\nbusybox=/bin/busybox\n$busybox mount -t proc proc /proc\n";
+    std::vector<std::string> commands;
     for (const std::string& parameters : loads)
-      init +=
-          "$busybox insmod /hostile_calls.ko way=" + transport + " " + parameters + "\n$busybox rmmod hostile_calls\n";
+      commands.push_back("insmod /hostile_calls.ko way=" + transport + " " + parameters +
+                         "\n$busybox rmmod hostile_calls");
+    return file_system(commands, module("hostile_calls"));
+  }
+
+  [[nodiscard]] std::string file_system(const std::vector<std::string>& commands, const GuestFile& loaded) const {
+    std::string init = "#!/bin/busybox sh\nbusybox=/bin/busybox\n$busybox mount -t proc proc /proc\n";
+    for (const std::string& command : commands)
+      init += "$busybox " + command + "\n";
     init += "$busybox dmesg | $busybox grep -E 'Oops|BUG:|soft lockup|detected stall|unchecked MSR' "
             "| $busybox grep -v 'WRMSR to 0x40000073'\n$busybox reboot -f\n";
-    return initial_file_system(contents(busybox), init, {module("hostile_calls")});
+    return initial_file_system(contents(busybox), init, {loaded});
   }
 
   /// That guest and VMM came through it, all that the module checked holds, and the VMM has counted what the module has
@@ -121,6 +128,56 @@ INSTANTIATE_TEST_SUITE_P(
     [](const auto& info) {
       return std::string(std::get<0>(info.param)) + (std::get<1>(info.param).empty() ? "" : "WithALookAtContent");
     });
+
+/// Memory heat hints: tests/guests/linux/hostile_hints.c.
+class LinuxHints : public LinuxHostile {
+protected:
+  [[nodiscard]] Ended run(const std::string& transport, const std::string& backing,
+                          const std::string& parameters = "") const {
+    const File initrd("initrd", file_system({"insmod /hostile_hints.ko " + parameters}, module("hostile_hints")));
+    const std::vector<std::string> chosen =
+        arguments(initrd, transport, "1", {"--backing", backing, "--audit"}, "full");
+    return run_linux([&] { return run_program(CPPVMM_BOOT, chosen); });
+  }
+  static void expect_right(const Ended& ended) {
+    const std::vector<json> lines = module_results(ended.err);
+    ASSERT_EQ(lines.size(), 1U) << ended.err;
+    EXPECT_EQ(lines[0]["error"], 0) << lines[0];
+    EXPECT_EQ(lines[0]["failed"], 0) << lines[0];
+    EXPECT_GT(lines[0]["checks"], 300) << lines[0];
+  }
+};
+
+/// By transport and backing.
+class LinuxThrowsHints : public LinuxHints, public testing::WithParamInterface<std::tuple<const char*, const char*>> {};
+
+TEST_P(LinuxThrowsHints, EachComesToWhatItMustAndHarmsNothingElse) {
+  const auto& [transport, backing] = GetParam();
+  const Ended ended = run(transport, backing);
+  if (lacks_transport(ended)) GTEST_SKIP() << "this KVM lacks the transport";
+  expect_right(ended);
+  EXPECT_EQ(ended.status, 0) << ended.err;
+  const json figures = json::parse(ended.out, nullptr, false);
+  ASSERT_FALSE(figures.is_discarded()) << ended.out;
+  EXPECT_EQ(figures["unsound_answers"], 0);
+  EXPECT_EQ(figures["heat"]["failed_pages"], 0);
+  EXPECT_GT(figures["heat"]["discard_pages"], 511);
+}
+
+INSTANTIATE_TEST_SUITE_P(All, LinuxThrowsHints,
+                         testing::Values(std::tuple("kernel", "anonymous"), std::tuple("split", "memfd"),
+                                         std::tuple("user", "anonymous")),
+                         [](const auto& info) {
+                           return std::string(std::get<0>(info.param)) + "_" + std::get<1>(info.param);
+                         });
+
+// Its code, stack and page tables read zero then.
+TEST_F(LinuxHints, ThatGiveAwayAllThatTheGuestUsesAreItsOwnEndAlone) {
+  const Ended ended = run("user", "memfd", "all=1");
+  expect_right(ended);
+  EXPECT_EQ(ended.status, 1) << ended.err;
+  EXPECT_NE(ended.err.find("the guest crashed (triple fault)"), std::string::npos) << ended.err;
+}
 
 struct Together {
   const char* transport;

@@ -9,6 +9,7 @@
 //
 // What is wrong is told line by line (the first few), and last comes a line with "done": how many checks there were,
 // how many failed, and how many calls must have arrived at the VMM, by what it counts.
+#include "checks.h"
 #include "guest.h"
 
 #include <asm/msr.h>
@@ -40,35 +41,9 @@ static unsigned int seconds = 60;
 module_param(seconds, uint, 0444);
 MODULE_PARM_DESC(seconds, "that the loop takes");
 
-// TLFS, "Hypercall Status Codes".
-enum status {
-  success = 0x0000,
-  invalid_hypercall_code = 0x0002,
-  invalid_hypercall_input = 0x0003,
-  invalid_alignment = 0x0004,
-  invalid_parameter = 0x0005,
-  access_denied = 0x0006,
-};
-
-// TLFS, "Hypercall Inputs".
-#define FAST BIT_ULL(16)
-#define NESTED BIT_ULL(31)
-#define RESERVED (GENMASK_ULL(30, 27) | GENMASK_ULL(47, 44) | GENMASK_ULL(63, 60))
-#define REPS(count) ((u64)(count) << 32)
-
-// ---- counts and complaints
+// ---- counts
 
 static atomic64_t arrived_query, arrived_boot_zeroed, arrived_other, made;
-static atomic64_t checks, wrong;
-
-static bool complain(void) { return atomic64_inc_return(&wrong) <= 12; }
-
-// Says what is wrong where `holds` does not.
-#define check(holds, what, format, ...)                                                                                \
-  do {                                                                                                                 \
-    atomic64_inc(&checks);                                                                                             \
-    if (!(holds) && complain()) guest_result("\"wrong\": \"%s\", " format, what, ##__VA_ARGS__);                       \
-  } while (0)
 
 // Whether KVM answers the calls that are not extended ones.
 static bool kvm_answers(void) { return strcmp(way, "user") != 0; }
