@@ -249,6 +249,30 @@ TEST_F(Hints, LeaveAloneWhatIsInUse) {
   EXPECT_EQ(zeros(), given);
 }
 
+TEST_F(Hints, LeaveAloneTheOutputsOfOtherCallsInProgress) {
+  constexpr std::uint16_t slow_code = 0x00AB;
+  std::latch begun(1);
+  std::latch ends(1);
+  auto chosen = options();
+  chosen.calls.push_back({.code = slow_code, .output_bytes = 8, .handler = [&](const HvCheckedCall&) -> HvCallAnswer {
+                            begun.count_down();
+                            ends.wait();
+                            return {};
+                          }});
+  auto hypercalls = *ExtendedHypercalls::create(memory, chosen);
+  std::jthread other(
+      [&] { EXPECT_EQ(hypercalls.handle({.control = slow_code, .output = GuestAddress(30 * page_size)}), 0U); });
+  begun.wait();
+  EXPECT_EQ(hypercalls.handle(list(discard, {small(20, 20)})), hv_result(HvStatus::success, 1));
+  PageSet given(pages(20, 20));
+  given.remove(pages(30, 1));
+  EXPECT_EQ(zeros(), given);
+  ends.count_down();
+  other.join();
+  EXPECT_EQ(hypercalls.handle(list(discard, {small(20, 20)})), hv_result(HvStatus::success, 1));
+  EXPECT_EQ(zeros(), PageSet(pages(20, 20)));
+}
+
 TEST_F(Hints, HaveLetGoOfPagesThatArePinnedFromNowOn) {
   std::latch discards(1);
   std::latch pins(1);
