@@ -190,9 +190,9 @@ HvCallProgress Session::expected(const HvCall& call) {
     return bytes == 0 ||
            (address.value() % 8 == 0 && address.offset_in_page() + bytes <= 4096 && address.value() < guest_space_end);
   };
-  if (!fits(call.input, input) || !fits(call.output, output)) return status(HvStatus::invalid_alignment);
+  if (!fits(call.input, input) || !fits(call.output, output)) return status(HvStatus::invalid_alignment, start);
   if ((output != 0 && !guest_.can_write(call.output.page())) || (input != 0 && !guest_.can_read(call.input.page())))
-    return status(HvStatus::invalid_parameter);
+    return status(HvStatus::invalid_parameter, start);
   if (output != 0 && (call.output.page() == hypercall_page_ || call.output.page() == reference_tsc_page_))
     return status(HvStatus::invalid_parameter, start);
   if (code != simple_code && code != rep_code) return status(HvStatus::success);
