@@ -696,7 +696,7 @@ private:
     const auto heat = variant == 6 ? HvMemoryHeat::cold : variant == 7 ? HvMemoryHeat::hot : HvMemoryHeat::cold_discard;
     const bool is_file = live.spec().memory == Memory::shared_file || is_private_file(live.spec().memory);
     if (heat == HvMemoryHeat::hot && is_file) return false; // the kernel reads ahead, and so fills holes with zeros
-    const auto guard = FaultGuard::install(); // without one, huge pages of the pool are kept
+    const auto guard = FaultGuard::install();               // without one, huge pages of the pool are kept
     if (!guard) return false;
     std::vector<std::uint64_t> input = listed(live.first_page() + page, count, variant % 2 == 0 ? 2048 : 7);
     const std::size_t reps = input.size();
