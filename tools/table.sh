@@ -34,7 +34,7 @@ case ${1:-} in
     for version in $versions; do
       kernel=$root/build/lab/kernels/$version
       fetches=()
-      for log in {kernel,split,user}-{anonymous,memfd}; do
+      for log in {kernel,split,user}-{anonymous,memfd,hugetlb}; do
         fetches+=(--fetch "/tmp/heat-$log.log:$folder/$version-$log.log")
       done
       "$tools/lab.sh" --kernel "$version" --memory 4G --timeout 3600 "${fetches[@]}" \

@@ -1,6 +1,6 @@
 #!/bin/sh
 # linux_heat.sh MEMORY KEEP ANONYMOUS FILE [OPTION...]: what a Linux guest gives back, inside the machine; its shell is
-# busybox's. A guest of MEMORY loads the module heat_hint and runs heat_load with so many MiB: a row of a Markdown table for
+# busybox's. A guest of MEMORY, in whole G, loads the module heat_hint and runs heat_load with so many MiB: a row of a Markdown table for
 # each transport and backing. The host memory of each, over time, is left in /tmp/heat-TRANSPORT-BACKING.log. OPTIONs are
 # cppvmm-boot's. CPPVMM_HEAT_ORDER: the order of the smallest blocks that Linux reports, else what it has by itself.
 # CPPVMM_HEAT_TRANSPORTS, CPPVMM_HEAT_BACKINGS: which of them.
@@ -36,12 +36,15 @@ echo "| host and guest | transport | backing | host memory before, full, after [
 echo "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"
 failed=0
 for transport in ${CPPVMM_HEAT_TRANSPORTS:-kernel split user}; do
-  for backing in ${CPPVMM_HEAT_BACKINGS:-anonymous memfd}; do
+  for backing in ${CPPVMM_HEAT_BACKINGS:-anonymous memfd hugetlb}; do
     log=/tmp/heat-$transport-$backing.log
+    # As many huge pages as all of the guest's memory takes.
+    if [ "$backing" = hugetlb ]; then echo $((${memory%G} * 512)) >/proc/sys/vm/nr_hugepages; fi
     /cppvmm-boot --memory "$memory" --backing "$backing" --hypercalls "$transport" --kernel /vmlinuz --initrd /tmp/initrd \
       --append 'console=ttyS0 quiet panic=-1 clearcpuid=cx16 reboot=kbd' --audit --json - --host-memory-log "$log" "$@" \
       >/tmp/figures 2>/tmp/console
     status=$?
+    echo 0 >/proc/sys/vm/nr_hugepages
     if grep -qE 'KVM does not forward|KVM has no Hyper-V' /tmp/console; then continue; fi
     if [ $status != 0 ] || [ "$(said module\":\ \"heat_load\" wrong_words)" != 0 ] ||
       [ "$(said wrong_words\" wrong_kept_words)" != 0 ] || [ -z "$(bytes_at "$log" 3)" ]; then
