@@ -13,9 +13,9 @@ std::atomic<bool> is_counting = false;
 std::atomic<std::int64_t> held = 0;
 std::atomic<std::int64_t> peak = 0;
 
-[[maybe_unused]] void* counted(void* block) {
-  if (block == nullptr) throw std::bad_alloc();
-  if (is_counting.load(std::memory_order_relaxed)) {
+/// Null stays null.
+[[maybe_unused]] void* count(void* block) noexcept {
+  if (block != nullptr && is_counting.load(std::memory_order_relaxed)) {
     const auto size = static_cast<std::int64_t>(malloc_usable_size(block));
     const std::int64_t now = held.fetch_add(size, std::memory_order_relaxed) + size;
     std::int64_t most = peak.load(std::memory_order_relaxed);
@@ -23,6 +23,11 @@ std::atomic<std::int64_t> peak = 0;
     }
   }
   return block;
+}
+
+[[maybe_unused]] void* counted(void* block) {
+  if (block == nullptr) throw std::bad_alloc();
+  return count(block);
 }
 
 [[maybe_unused]] void give_back(void* block) {
@@ -43,6 +48,10 @@ std::atomic<std::int64_t> peak = 0;
 #if !__has_feature(thread_sanitizer)
 void* operator new(std::size_t size) { return counted(std::malloc(size == 0 ? 1 : size)); }
 void* operator new(std::size_t size, std::align_val_t alignment) { return take_aligned(size, alignment); }
+// A sanitizer's own would not be freed by ours.
+void* operator new(std::size_t size, const std::nothrow_t&) noexcept {
+  return count(std::malloc(size == 0 ? 1 : size));
+}
 void operator delete(void* block) noexcept { give_back(block); }
 void operator delete(void* block, std::size_t) noexcept { give_back(block); }
 void operator delete(void* block, std::align_val_t) noexcept { give_back(block); }
