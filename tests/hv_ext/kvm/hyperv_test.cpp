@@ -748,6 +748,10 @@ TEST_P(HypervOver, AVmThatIsRestoredAnswersWithoutANewIntroduction) {
     ASSERT_KVM_OK(start_long_mode(*vcpu));
     EXPECT_EQ(run_to_end(), (std::vector<std::uint64_t>{0, 0, 0x8100'0000'0000'0001, hypercall_page | 1}));
     EXPECT_EQ(memory.read<std::uint64_t>(query_output), 1U);
+    // What the guest before it had done is forgotten.
+    EXPECT_FALSE(hyperv->hypercalls().offer_boot_zeroed_memory(true)) << "it has asked";
+    ASSERT_TRUE(hyperv->restore(*vcpu, *saved));
+    EXPECT_TRUE(hyperv->hypercalls().offer_boot_zeroed_memory(true));
   }
 }
 
