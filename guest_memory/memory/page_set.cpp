@@ -108,15 +108,20 @@ void PageSet::remove(PageRange range) {
 
 void PageSet::remove(const PageSet& other) {
   if (other.empty() || ranges_.empty()) return;
+  // Of a large set, what a small one has nothing to do with costs nothing.
+  const auto from = first_behind(other.ranges_, ranges_.front().first());
+  const auto to = std::lower_bound(from, other.ranges_.end(), ranges_.back().end(),
+                                   [](const PageRange& each, PageNumber page) { return each.first() < page; });
+  const auto holes = static_cast<std::size_t>(to - from);
   // Few are taken out in place, without room for another set: what several calls leave out of an answer.
   constexpr std::size_t few = 8;
-  if (other.range_count() <= few && &other != this) {
-    for (const PageRange& range : other.ranges_)
-      remove(range);
+  if (holes <= few && &other != this) {
+    for (auto range = from; range != to; ++range)
+      remove(*range);
     return;
   }
   std::vector<PageRange> difference;
-  difference.reserve(ranges_.size() + other.ranges_.size());
+  difference.reserve(ranges_.size() + holes);
   for_each_without(other, [&](const PageRange& range) { difference.push_back(range); });
   ranges_ = std::move(difference);
 }

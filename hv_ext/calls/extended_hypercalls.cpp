@@ -188,8 +188,8 @@ struct ExtendedHypercalls::State {
 
   [[nodiscard]] HvResult<HvCallTable> make_table();
   [[nodiscard]] HvCallRow make_heat_row();
-  /// Calls `discard` with what a cold discard leaves alone.
-  void with_kept(const std::function<void(const PageSet&)>& discard);
+  /// HeatOptions::without_kept.
+  void without_kept(PageSet& pages, const std::function<void()>& discard);
   /// HvOptions::on_boot_zeroed, and the trace before it.
   [[nodiscard]] std::function<void(const BootZeroedAnswer&)> traced();
   [[nodiscard]] SurveyOptions chosen_survey() const;
@@ -218,25 +218,26 @@ HvResult<HvCallTable> ExtendedHypercalls::State::make_table() {
 
 HvCallRow ExtendedHypercalls::State::make_heat_row() {
   const HvHeatOptions& chosen = options.memory_heat;
-  return memory_heat_hint_row(memory, {.policy = chosen.policy,
-                                       .offers_cold_discard = chosen.offers_cold_discard,
-                                       .with_kept = [this](const auto& discard) { with_kept(discard); },
-                                       .on_hint =
-                                           [this, told = chosen.on_hint](const HeatHinted& hinted) {
-                                             heat.add(hinted);
-                                             if (told) told(hinted);
-                                           }});
+  return memory_heat_hint_row(
+      memory, {.policy = chosen.policy,
+               .offers_cold_discard = chosen.offers_cold_discard,
+               .without_kept = [this](PageSet& pages, const auto& discard) { without_kept(pages, discard); },
+               .on_hint =
+                   [this, told = chosen.on_hint](const HeatHinted& hinted) {
+                     heat.add(hinted);
+                     if (told) told(hinted);
+                   }});
 }
 
-void ExtendedHypercalls::State::with_kept(const std::function<void(const PageSet&)>& discard) {
-  PageSet kept = in_use.pages();
+void ExtendedHypercalls::State::without_kept(PageSet& pages, const std::function<void()>& discard) {
+  pages.remove(in_use.pages());
   {
     const std::lock_guard lock(changing);
-    kept.add(survey.leave_out);
+    pages.remove(survey.leave_out);
   }
-  pinned.with([&](const PageSet& pages) {
-    kept.add(pages);
-    discard(kept);
+  pinned.with([&](const PageSet& kept) {
+    pages.remove(kept);
+    discard();
   });
 }
 

@@ -223,13 +223,10 @@ HvStatus HeatState::apply(const HvCheckedCall& call, HvMemoryHeat heat, const Pa
   const auto apply = [&] {
     if (!pages.empty()) done = options.policy(heat, pages);
   };
-  if (heat != HvMemoryHeat::cold_discard || !options.with_kept)
+  if (heat != HvMemoryHeat::cold_discard || !options.without_kept)
     apply();
   else
-    options.with_kept([&](const PageSet& kept) {
-      pages.remove(kept);
-      apply();
-    });
+    options.without_kept(pages, apply);
   const HvStatus status = done ? HvStatus::success : status_of(done.error());
   if (!done) done = HeatDone{.failed_pages = pages.page_count()};
   progress.has_effect = progress.has_effect || done->freed_pages + done->cleared_pages + done->advised_pages > 0;

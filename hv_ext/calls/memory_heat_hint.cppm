@@ -68,9 +68,9 @@ export struct HeatOptions {
   HeatPolicy policy{};
   /// Whether cold discard is offered: the capability bit that Linux's balloon looks for.
   bool offers_cold_discard = true;
-  /// Calls `discard` with the pages that a cold discard has to leave alone until it returns, on the calling vCPU's
-  /// thread. May be null: none.
-  std::function<void(const std::function<void(const PageSet&)>& discard)> with_kept{};
+  /// Takes out of `pages` those that a cold discard has to leave alone, and calls `discard`: they stay what they are
+  /// until it returns. On the calling vCPU's thread. May be null: none.
+  std::function<void(PageSet& pages, const std::function<void()>& discard)> without_kept{};
   /// Told of each part of a hint, on the calling vCPU's thread, for several vCPUs at the same time. Throws nothing but
   /// std::bad_alloc, which the guest sees as insufficient_memory. May be null.
   std::function<void(const HeatHinted&)> on_hint{};
