@@ -49,6 +49,7 @@ INSTANTIATE_TEST_SUITE_P(Kinds, OutOfMemory, testing::ValuesIn(kinds),
                          [](const auto& info) { return std::string(info.param.name); });
 
 TEST_P(OutOfMemory, ASurveyLeavesNothingBehindAndTheNextIsRight) {
+  if (!test::replaces_allocations) GTEST_SKIP() << test::allocations_are_not_replaced;
   const PageSet touched = memory.survey(options()).touched;
   EXPECT_TRUE(touched.contains(PageNumber(5)));
   expect_nothing_left([this] { static_cast<void>(memory.survey(options())); });
@@ -56,6 +57,7 @@ TEST_P(OutOfMemory, ASurveyLeavesNothingBehindAndTheNextIsRight) {
 }
 
 TEST_P(OutOfMemory, ALookAtTheContentLeavesNothingBehind) {
+  if (!test::replaces_allocations) GTEST_SKIP() << test::allocations_are_not_replaced;
   SurveyOptions looking = options();
   // Tasks are run by the caller itself, and the executor may run out too.
   looking.content_check = ContentCheckOptions{.executor = [](const std::function<void()>& task) { task(); }};
@@ -66,6 +68,7 @@ TEST_P(OutOfMemory, ALookAtTheContentLeavesNothingBehind) {
 }
 
 TEST_P(OutOfMemory, AWatchThatCouldNotBeArmedLeavesNothingBehind) {
+  if (!test::replaces_allocations) GTEST_SKIP() << test::allocations_are_not_replaced;
   const WriteWatchOptions promise{.written_through_this_mapping_only = true};
   if (!memory.arm_write_watch(GuestAddress(0), promise)) GTEST_SKIP() << "this memory, or kernel, has no write watch";
   memory.disarm_write_watch(GuestAddress(0));
@@ -77,10 +80,12 @@ TEST_P(OutOfMemory, AWatchThatCouldNotBeArmedLeavesNothingBehind) {
 }
 
 TEST_P(OutOfMemory, ARegionThatCouldNotBeMadeLeavesNothingBehind) {
+  if (!test::replaces_allocations) GTEST_SKIP() << test::allocations_are_not_replaced;
   expect_nothing_left([this] { static_cast<void>(make()); });
 }
 
 TEST_P(OutOfMemory, ADiscardLeavesNothingBehind) {
+  if (!test::replaces_allocations) GTEST_SKIP() << test::allocations_are_not_replaced;
   if (backing() == Backing::hugetlb && !test::machine_facts().hugetlb_dontneed)
     GTEST_SKIP() << "this kernel discards no huge pages of private memory";
   expect_nothing_left([this] { static_cast<void>(memory.discard(pages(0, 512))); });
@@ -88,6 +93,7 @@ TEST_P(OutOfMemory, ADiscardLeavesNothingBehind) {
 }
 
 TEST(OutOfMemoryMarks, AreNotLost) {
+  if (!test::replaces_allocations) GTEST_SKIP() << test::allocations_are_not_replaced;
   constexpr std::uint64_t leaf = std::uint64_t{1} << 15;
   for (long allowed = 0; allowed <= 4; ++allowed) {
     GuestMemory memory(*MemoryMap::make({*Region::anonymous(GuestAddress(0), 4 * leaf * page_size)}));
@@ -106,6 +112,7 @@ TEST(OutOfMemoryMarks, AreNotLost) {
 }
 
 TEST(OutOfMemoryMarks, AreNotLostByADiscardThatThrows) {
+  if (!test::replaces_allocations) GTEST_SKIP() << test::allocations_are_not_replaced;
   constexpr std::uint64_t leaf = std::uint64_t{1} << 15;
   GuestMemory memory(*MemoryMap::make({*Region::anonymous(GuestAddress(0), 4 * leaf * page_size)}));
   memory.mark_touched(pages(0, 4 * leaf), Toucher::device);
@@ -130,6 +137,7 @@ TEST(OutOfMemoryMarks, AreNotLostByADiscardThatThrows) {
 }
 
 TEST(OutOfMemoryMarks, TakeBoundedMemoryWhereThereIsNoRam) {
+  if (!test::replaces_allocations) GTEST_SKIP() << test::allocations_are_not_replaced;
   constexpr std::uint64_t leaf = std::uint64_t{1} << 15;
   constexpr std::uint64_t all = guest_space_end / page_size;
   GuestMemory memory(*MemoryMap::make({*Region::anonymous(GuestAddress(0), 4 * leaf * page_size)}));

@@ -15,6 +15,14 @@
 
 namespace cppvmm::test {
 
+/// False where nobody's replace the thread sanitizer's: none fails then, and none is counted.
+#if __has_feature(thread_sanitizer)
+inline constexpr bool replaces_allocations = false;
+#else
+inline constexpr bool replaces_allocations = true;
+#endif
+inline constexpr const char* allocations_are_not_replaced = "the thread sanitizer has an operator new of its own";
+
 /// How many more allocations of this thread succeed; negative: all.
 inline thread_local long allocations_left = -1;
 
@@ -87,6 +95,7 @@ inline void expect_nothing_left(const std::function<bool()>& call) {
 
 } // namespace cppvmm::test
 
+#if !__has_feature(thread_sanitizer)
 void* operator new(std::size_t bytes) { return cppvmm::test::allocate_or_throw(bytes, 1); }
 void* operator new(std::size_t bytes, std::align_val_t alignment) {
   return cppvmm::test::allocate_or_throw(bytes, static_cast<std::size_t>(alignment));
@@ -96,3 +105,4 @@ void operator delete(void* memory) noexcept { cppvmm::test::free_allocation(memo
 void operator delete(void* memory, std::size_t) noexcept { cppvmm::test::free_allocation(memory); }
 void operator delete(void* memory, std::align_val_t) noexcept { cppvmm::test::free_allocation(memory); }
 void operator delete(void* memory, std::size_t, std::align_val_t) noexcept { cppvmm::test::free_allocation(memory); }
+#endif
