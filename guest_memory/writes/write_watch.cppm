@@ -36,7 +36,8 @@ export struct WriteLog {
   /// Sets bit i % 64 of word i / 64 for each page `pages.first() + i` that was written since it was asked last (pages
   /// reported before may be left out or repeated), leaves all other bits as they are. Of a log that is to be complete,
   /// each write that was made before the call has to be among them. Called for one region of RAM at a
-  /// time, by one thread at a time. After an error the region's log counts for nothing any more.
+  /// time, by one thread at a time. After an error the region's log counts for nothing any more. It must call nothing
+  /// of that GuestMemory's that surveys, changes the map, or begins or ends a watch or a log.
   std::function<MemoryResult<void>(PageRange pages, std::span<std::uint64_t> bitmap)> collect;
   /// Who writes what the log shows.
   Toucher by = Toucher::guest;

@@ -245,10 +245,12 @@ TEST_P(WriteWatchOf, EndsWhileASurveyHasIt) {
   bool has_ended = false;
   ASSERT_TRUE(memory.begin_write_log({.collect = [&](PageRange, std::span<std::uint64_t>) -> MemoryResult<void> {
     if (has_ended) return {};
-    has_ended = memory.disarm_write_watch(start);
-    const auto armed =
-        other.arm_write_watch(start, {.baseline = Baseline::promise, .written_through_this_mapping_only = true});
-    EXPECT_TRUE(armed) << armed.error().message();
+    std::jthread([&] {
+      has_ended = memory.disarm_write_watch(start);
+      const auto armed =
+          other.arm_write_watch(start, {.baseline = Baseline::promise, .written_through_this_mapping_only = true});
+      EXPECT_TRUE(armed) << armed.error().message();
+    }).join();
     return {};
   }}));
   const Survey survey = memory.survey();

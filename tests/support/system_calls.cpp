@@ -294,7 +294,7 @@ static bool inject(const Fault& fault, SystemCall& call) {
   return false;
 }
 
-static void on_call(int /*signal*/, siginfo_t* info, void* context) {
+[[gnu::noinline]] static void answer_call(const siginfo_t* info, void* context) {
   auto* const registers = static_cast<ucontext_t*>(context)->uc_mcontext.gregs;
   const auto from = reinterpret_cast<std::uintptr_t>(info->si_call_addr);
   Catcher& caught = *catcher;
@@ -320,6 +320,15 @@ static void on_call(int /*signal*/, siginfo_t* info, void* context) {
     call.result = -row->faults[caught.which].error;
   registers[REG_RAX] = call.result;
   if (counts) caught.calls.push_back(call);
+}
+
+// What a sanitizer calls for the handler's own sake is not caught: the handler would call it again. So nothing of a
+// sanitizer's may be in this one.
+[[clang::disable_sanitizer_instrumentation]] static void on_call(int /*signal*/, siginfo_t* info, void* context) {
+  Catcher* const caught = catcher;
+  caught->selector = 0;
+  answer_call(info, context);
+  caught->selector = 1;
 }
 
 /// As the kernel takes it: that of the C library would have its own way to return from a handler.
