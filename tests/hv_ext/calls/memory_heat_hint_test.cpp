@@ -504,14 +504,18 @@ TEST(HintedHugePages, AreKeptWhereNobodyMendsFaults) {
   const auto guard = FaultGuard::install();
   ASSERT_TRUE(guard);
   EXPECT_EQ(hinted(of_2_mib(1, 1)), hv_result(HvStatus::success, 1));
-  // All that the pool has, and more.
+  // All that the pool has.
+  constexpr std::size_t most = 512;
   std::vector<Region> others;
-  for (std::uint64_t taken = 0; taken < 64; ++taken) {
+  bool is_empty = false;
+  while (others.size() < most) {
     auto other = Region::hugetlb(GuestAddress(0), 2 * mib, HugePageSize::two_mib);
-    if (!other) break;
+    is_empty = !other;
+    if (is_empty) break;
     others.push_back(*std::move(other));
     static_cast<volatile char*>(others.back().host_address())[0] = 1;
   }
+  if (!is_empty) GTEST_SKIP() << "the pool has more pages than are taken for a test";
   EXPECT_EQ(*hypercalls.handle({.control = query, .output = GuestAddress(2 * mib)}),
             hv_result(HvStatus::invalid_parameter));
   EXPECT_EQ(*hypercalls.handle({.control = query, .output = GuestAddress(4 * mib)}), 0U);
