@@ -60,10 +60,10 @@ public:
   /// this process. Marks stay until they are cleared or their pages discarded, whatever happens to the map.
   ///
   /// From any thread, without a lock, and at O(1) for a page: once a part of the memory has marks, all that is shared
-  /// is the word of the page, which is not written if the page is marked already. Takes 4 bits for each page of 128 MiB
-  /// of RAM that has marks. Where the map has no RAM, marks take some MiB at most: of those that are scattered further,
-  /// all 128 MiB (or 1 TiB) that they are in count as marked, also if RAM comes there later, and so they do where no
-  /// memory is to be had for this. None is lost, and nothing is thrown.
+  /// is the byte of the page, which is not written if the page is marked already. Takes a byte for each page of 128 MiB
+  /// of RAM that has marks, and for each toucher that they name. Where the map has no RAM, marks take some MiB at most:
+  /// of those that are scattered further, all 128 MiB (or 1 TiB) that they are in count as marked, also if RAM comes
+  /// there later, and so they do where no memory is to be had for this. None is lost, and nothing is thrown.
   void mark_touched(PageRange pages, Touchers by) noexcept;
   /// Waits for a discard, and for whoever reads marks. Where no memory is to be had to tell pages apart that were
   /// marked as a large whole, they stay marked.

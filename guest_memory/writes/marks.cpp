@@ -1,10 +1,12 @@
 module;
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <bit>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <iterator>
 #include <memory>
 #include <mutex>
 #include <new>
@@ -19,9 +21,11 @@ import :published_map;
 import :region;
 import :toucher;
 
-// Why no mark is lost: bits are taken away with the lock alone, by clear and by Taken. A mark sets its bits in one
-// word, or finds them set; either is before they are taken away, and then it is a mark made before, or after, and then
-// it stays. Bits that move down are below before they leave the slot above, and who marks looks above first.
+// Why no mark is lost: marks are taken away with the lock alone, by clear and by Taken, a word at a time. A mark sets
+// its bits or its byte, or finds them set; either is before they are taken away, and then it is a mark made before, or
+// after, and then it stays. That a byte is stored where others lock its word: of a byte, all stores and loads are in
+// one order, however wide they are, and a locked change of a word is one moment in the order of each of its bytes. Bits
+// that move down are below before they leave the slot above, and who marks looks above first.
 //
 // Why a mark that is found to be set is as good as one that is set: who takes it away discards the page's content after
 // that. What a mark is for, DMA, is in memory before its end is known to who marks, so it is discarded too. (A store of
@@ -30,35 +34,35 @@ import :toucher;
 
 namespace cppvmm {
 
-static constexpr std::uint64_t all_touchers = 0xF;
-static constexpr std::uint64_t each_page = 0x1111'1111'1111'1111;
-static constexpr unsigned bits_per_page = 4;
+static_assert(std::endian::native == std::endian::little, "the lowest byte of a word is its first page's");
+static_assert(MarkWord::is_always_lock_free && sizeof(MarkWord) == sizeof(std::uint64_t));
 
-static_assert(alignof(MarkLeaf) > all_touchers && alignof(MarkNode) > all_touchers);
+/// Of a leaf's slot: all its pages are marked.
+static constexpr std::uint64_t whole_leaf = 1;
+static constexpr std::uint64_t each_page = 0x0101'0101'0101'0101;
+static constexpr unsigned bits_per_page = 8;
 
-template <class Below>
-static Below* below(std::uint64_t slot) {
-  return reinterpret_cast<Below*>(slot & ~all_touchers);
-}
+static_assert(alignof(MarkLeaf) > mark_slot_bits && alignof(MarkNode) > mark_slot_bits);
+
+static constexpr unsigned touchers[] = {0, 1, 2, 3};
+static_assert(std::size(touchers) == mark_touchers && (mark_slot_bits >> mark_touchers) == 0);
+
+static bool has(std::uint64_t bits, unsigned toucher) { return (bits >> toucher & 1) != 0; }
 
 static void set(MarkWord& word, std::uint64_t bits) {
   // A bit that is set already costs no write, so that those who mark the same pages do not wait for each other.
   if ((word.load(std::memory_order_acquire) & bits) != bits) word.fetch_or(bits, std::memory_order_acq_rel);
 }
 
-/// Of a word: the bits of the pages from `first` to `end`, which are in it.
+/// Of a word: the marks of the pages from `first` to `end`, which are in it.
 static std::uint64_t mask(std::uint64_t first, std::uint64_t end) {
-  return ~std::uint64_t{0} >> (MarkLeaf::pages_per_word - (end - first)) * bits_per_page
-                                  << first % MarkLeaf::pages_per_word * bits_per_page;
+  return (each_page >> (MarkLeaf::pages_per_word - (end - first)) * bits_per_page)
+         << first % MarkLeaf::pages_per_word * bits_per_page;
 }
 
 /// Where the part of so many pages ends that has the page, or what is looked at.
 static std::uint64_t part_end(std::uint64_t page, std::uint64_t part, std::uint64_t end) {
   return std::min(end, (page / part + 1) * part);
-}
-
-static MarkWord& leaf_slot(MarkNode& node, std::uint64_t page) {
-  return node.leaves[page % MarkNode::pages / MarkLeaf::pages];
 }
 
 static MarkWord& word_of(MarkLeaf& leaf, std::uint64_t page) {
@@ -69,8 +73,9 @@ Marks::~Marks() {
   for (const MarkWord& node_slot : nodes_) {
     const std::unique_ptr<MarkNode> node(below<MarkNode>(node_slot.load(std::memory_order_acquire)));
     if (!node) continue;
-    for (const MarkWord& slot : node->leaves)
-      delete below<MarkLeaf>(slot.load(std::memory_order_acquire));
+    for (const auto& slots : node->leaves)
+      for (const MarkWord& slot : slots)
+        delete below<MarkLeaf>(slot.load(std::memory_order_acquire));
   }
 }
 
@@ -111,7 +116,8 @@ Below* Marks::make_below(MarkWord& slot, std::uint64_t page, Allowance& allowanc
     return parts_of_ram<Below>(*map, page);
   }();
   std::atomic<std::uint64_t>& taken = ram.has_page ? allowance.of_ram : allowance.spare;
-  if (!take_one(taken, allowance.most_spare + (ram.has_page ? ram.count : 0))) return nullptr;
+  const std::uint64_t most = allowance.most_spare + (ram.has_page ? ram.count * Below::of_each_part : 0);
+  if (!take_one(taken, most)) return nullptr;
   if (std::unique_ptr<Below> made(new (std::nothrow) Below); made) {
     while (below<Below>(value) == nullptr)
       if (slot.compare_exchange_weak(value, value | reinterpret_cast<std::uintptr_t>(made.get()),
@@ -122,16 +128,7 @@ Below* Marks::make_below(MarkWord& slot, std::uint64_t page, Allowance& allowanc
   return below<Below>(value);
 }
 
-void Marks::mark(PageRange pages, Touchers by) noexcept {
-  const std::uint64_t bits = by.bits();
-  if (pages.count() == 1) {
-    const std::uint64_t page = pages.first().value();
-    if (auto* const node = below<MarkNode>(nodes_[page / MarkNode::pages].load(std::memory_order_acquire)))
-      if (auto* const leaf = below<MarkLeaf>(leaf_slot(*node, page).load(std::memory_order_acquire))) {
-        set(word_of(*leaf, page), bits << page % MarkLeaf::pages_per_word * bits_per_page);
-        return;
-      }
-  }
+void Marks::mark_all(PageRange pages, std::uint64_t bits) noexcept {
   const std::uint64_t end = pages.end().value();
   for (std::uint64_t page = pages.first().value(); page < end;) {
     const std::uint64_t next = part_end(page, MarkNode::pages, end);
@@ -140,27 +137,26 @@ void Marks::mark(PageRange pages, Touchers by) noexcept {
     if ((value & bits) != bits) {
       auto* node = next - page == MarkNode::pages ? nullptr : below<MarkNode>(value);
       if (node == nullptr && next - page < MarkNode::pages) node = make_below<MarkNode>(slot, page, some_nodes_);
-      if (node != nullptr)
-        mark_in(*node, page, next, bits);
-      else
-        set(slot, bits);
+      if (node == nullptr) set(slot, bits);
+      for (const unsigned toucher : touchers)
+        if (node != nullptr && has(bits, toucher)) mark_in(*node, page, next, toucher);
     }
     page = next;
   }
 }
 
-void Marks::mark_in(MarkNode& node, std::uint64_t first, std::uint64_t end, std::uint64_t bits) noexcept {
+void Marks::mark_in(MarkNode& node, std::uint64_t first, std::uint64_t end, unsigned toucher) noexcept {
   for (std::uint64_t page = first; page < end;) {
     const std::uint64_t next = part_end(page, MarkLeaf::pages, end);
-    MarkWord& slot = leaf_slot(node, page);
+    MarkWord& slot = leaf_slots(node, page)[toucher];
     const std::uint64_t value = slot.load(std::memory_order_acquire);
-    if ((value & bits) != bits) {
+    if ((value & whole_leaf) == 0) {
       auto* leaf = next - page == MarkLeaf::pages ? nullptr : below<MarkLeaf>(value);
       if (leaf == nullptr && next - page < MarkLeaf::pages) leaf = make_below<MarkLeaf>(slot, page, some_leaves_);
-      if (leaf == nullptr) set(slot, bits);
+      if (leaf == nullptr) set(slot, whole_leaf);
       while (leaf != nullptr && page < next) {
         const std::uint64_t word_end = part_end(page, MarkLeaf::pages_per_word, next);
-        set(word_of(*leaf, page), bits * each_page & mask(page, word_end));
+        set(word_of(*leaf, page), mask(page, word_end));
         page = word_end;
       }
     }
@@ -171,24 +167,25 @@ void Marks::mark_in(MarkNode& node, std::uint64_t first, std::uint64_t end, std:
 void Marks::split(std::uint64_t page) noexcept {
   if (page % MarkNode::pages == 0) return;
   MarkWord& node_slot = nodes_[page / MarkNode::pages];
-  const std::uint64_t of_node = node_slot.load(std::memory_order_acquire) & all_touchers;
+  const std::uint64_t of_node = node_slot.load(std::memory_order_acquire) & mark_slot_bits;
   auto* node = below<MarkNode>(node_slot.load(std::memory_order_acquire));
   if (of_node != 0) {
     node = make_below<MarkNode>(node_slot, page, some_nodes_);
     if (node == nullptr) return;
-    for (MarkWord& slot : node->leaves)
-      set(slot, of_node);
+    for (auto& slots : node->leaves)
+      for (const unsigned toucher : touchers)
+        if (has(of_node, toucher)) set(slots[toucher], whole_leaf);
     node_slot.fetch_and(~of_node, std::memory_order_acq_rel);
   }
   if (node == nullptr || page % MarkLeaf::pages == 0) return;
-  MarkWord& slot = leaf_slot(*node, page);
-  const std::uint64_t of_leaf = slot.load(std::memory_order_acquire) & all_touchers;
-  if (of_leaf == 0) return;
-  auto* const leaf = make_below<MarkLeaf>(slot, page, some_leaves_);
-  if (leaf == nullptr) return;
-  for (MarkWord& word : leaf->words)
-    set(word, of_leaf * each_page);
-  slot.fetch_and(~of_leaf, std::memory_order_acq_rel);
+  for (MarkWord& slot : leaf_slots(*node, page)) {
+    if ((slot.load(std::memory_order_acquire) & whole_leaf) == 0) continue;
+    auto* const leaf = make_below<MarkLeaf>(slot, page, some_leaves_);
+    if (leaf == nullptr) continue;
+    for (MarkWord& word : leaf->words)
+      set(word, each_page);
+    slot.fetch_and(~whole_leaf, std::memory_order_acq_rel);
+  }
 }
 
 template <class Each>
@@ -197,17 +194,18 @@ void Marks::for_words(PageRange pages, Each each) {
   for (std::uint64_t page = pages.first().value(); page < end;) {
     const std::uint64_t node_end = part_end(page, MarkNode::pages, end);
     MarkWord& node_slot = nodes_[page / MarkNode::pages];
-    if (node_end - page == MarkNode::pages) each(node_slot, all_touchers);
+    if (node_end - page == MarkNode::pages) each(node_slot, mark_slot_bits);
     auto* const node = below<MarkNode>(node_slot.load(std::memory_order_acquire));
     while (node != nullptr && page < node_end) {
       const std::uint64_t leaf_end = part_end(page, MarkLeaf::pages, node_end);
-      MarkWord& slot = leaf_slot(*node, page);
-      if (leaf_end - page == MarkLeaf::pages) each(slot, all_touchers);
-      auto* const leaf = below<MarkLeaf>(slot.load(std::memory_order_acquire));
-      while (leaf != nullptr && page < leaf_end) {
-        const std::uint64_t word_end = part_end(page, MarkLeaf::pages_per_word, leaf_end);
-        each(word_of(*leaf, page), mask(page, word_end));
-        page = word_end;
+      for (MarkWord& slot : leaf_slots(*node, page)) {
+        if (leaf_end - page == MarkLeaf::pages) each(slot, whole_leaf);
+        auto* const leaf = below<MarkLeaf>(slot.load(std::memory_order_acquire));
+        for (std::uint64_t at = page; leaf != nullptr && at < leaf_end;) {
+          const std::uint64_t word_end = part_end(at, MarkLeaf::pages_per_word, leaf_end);
+          each(word_of(*leaf, at), mask(at, word_end));
+          at = word_end;
+        }
       }
       page = leaf_end;
     }
@@ -265,19 +263,6 @@ public:
     bits_ = bits;
   }
 
-  /// The pages from `first` to `end`, which are in this word.
-  void add_word(std::uint64_t first, std::uint64_t end, std::uint64_t word) {
-    word >>= first % MarkLeaf::pages_per_word * bits_per_page;
-    while (first < end) {
-      const std::uint64_t bits = word & all_touchers;
-      const auto same = static_cast<unsigned>(std::countr_zero(word ^ bits * each_page)) / bits_per_page;
-      const std::uint64_t next = std::min<std::uint64_t>(end, first + same);
-      add(first, next, bits);
-      if (next < end) word >>= same * bits_per_page;
-      first = next;
-    }
-  }
-
   void close() const {
     if (bits_ != 0)
       each_(*PageRange::make(PageNumber(first_), end_ - first_), Touchers::from_bits(static_cast<std::uint8_t>(bits_)));
@@ -290,33 +275,88 @@ private:
   std::uint64_t bits_ = 0;
 };
 
+/// The leaves that say who marked the pages of a part.
+class MarkLeaves {
+public:
+  MarkLeaves(MarkNode& node, std::uint64_t page, std::uint64_t of_node) : of_all_(of_node) {
+    const auto& slots = leaf_slots(node, page);
+    for (const unsigned toucher : touchers) {
+      const std::uint64_t slot = slots[toucher].load(std::memory_order_acquire);
+      if ((slot & whole_leaf) != 0) of_all_ |= std::uint64_t{1} << toucher;
+      if (auto* const leaf = below<MarkLeaf>(slot); leaf != nullptr && !has(of_all_, toucher))
+        some_[count_++] = {leaf, toucher};
+    }
+  }
+
+  [[nodiscard]] bool empty() const { return count_ == 0; }
+  /// Who touched all pages of the part.
+  [[nodiscard]] std::uint64_t of_all() const { return of_all_; }
+
+  /// The pages from `first` to `end`, which are in one word of each leaf.
+  void add_words(std::uint64_t first, std::uint64_t end, MarkRuns& runs) const {
+    std::uint64_t of_page[MarkLeaf::pages_per_word] = {};
+    std::uint64_t of_all = of_all_;
+    bool are_all_same = true;
+    for (const Leaf& each : std::span(some_).first(count_)) {
+      const std::uint64_t asked = mask(first, end);
+      std::uint64_t word = word_of(*each.leaf, first).load(std::memory_order_acquire) & asked;
+      if (word == asked) {
+        of_all |= std::uint64_t{1} << each.toucher;
+        continue;
+      }
+      are_all_same = are_all_same && word == 0;
+      for (word >>= first % MarkLeaf::pages_per_word * bits_per_page; word != 0; word &= word - 1)
+        of_page[static_cast<unsigned>(std::countr_zero(word)) / bits_per_page] |= std::uint64_t{1} << each.toucher;
+    }
+    if (are_all_same) return runs.add(first, end, of_all);
+    for (std::uint64_t page = first; page < end; ++page)
+      runs.add(page, page + 1, of_all | of_page[page - first]);
+  }
+
+  /// The first word's page, from `page` on and before `end`, that is marked by other than all of the part.
+  [[nodiscard]] std::uint64_t skip_blank(std::uint64_t page, std::uint64_t end) const {
+    const auto is_blank = [&](const Leaf& each) {
+      return word_of(*each.leaf, page).load(std::memory_order_acquire) == 0;
+    };
+    while (page < end && std::ranges::all_of(std::span(some_).first(count_), is_blank))
+      page = part_end(page, MarkLeaf::pages_per_word, end);
+    return page;
+  }
+
+private:
+  struct Leaf {
+    MarkLeaf* leaf;
+    unsigned toucher;
+  };
+  std::array<Leaf, mark_touchers> some_{};
+  std::size_t count_ = 0;
+  std::uint64_t of_all_;
+};
+
 void Marks::View::for_each(PageRange within, const std::function<void(PageRange, Touchers)>& each) const {
   MarkRuns runs(each);
   const std::uint64_t end = within.end().value();
   for (std::uint64_t page = within.first().value(); page < end;) {
     const std::uint64_t node_end = part_end(page, MarkNode::pages, end);
-    const std::uint64_t of_node = marks_.nodes_[page / MarkNode::pages].load(std::memory_order_acquire);
-    auto* const node = below<MarkNode>(of_node);
-    if (node == nullptr) runs.add(page, node_end, of_node & all_touchers);
+    const std::uint64_t slot = marks_.nodes_[page / MarkNode::pages].load(std::memory_order_acquire);
+    auto* const node = below<MarkNode>(slot);
+    if (node == nullptr) runs.add(page, node_end, slot & mark_slot_bits);
     while (node != nullptr && page < node_end) {
       const std::uint64_t leaf_end = part_end(page, MarkLeaf::pages, node_end);
-      const std::uint64_t of_leaf = leaf_slot(*node, page).load(std::memory_order_acquire);
-      const std::uint64_t of_all = (of_node | of_leaf) & all_touchers;
-      auto* const leaf = below<MarkLeaf>(of_leaf);
-      if (leaf == nullptr) runs.add(page, leaf_end, of_all);
-      while (leaf != nullptr && page < leaf_end) {
-        const std::uint64_t word = word_of(*leaf, page).load(std::memory_order_acquire) | of_all * each_page;
-        std::uint64_t word_end = part_end(page, MarkLeaf::pages_per_word, leaf_end);
-        if (word == 0) {
-          while (word_end < leaf_end && word_of(*leaf, word_end).load(std::memory_order_acquire) == 0)
-            word_end = part_end(word_end, MarkLeaf::pages_per_word, leaf_end);
-          runs.add(page, word_end, 0);
-        } else {
-          runs.add_word(page, word_end, word);
-        }
+      const MarkLeaves leaves(*node, page, slot & mark_slot_bits);
+      if (leaves.empty()) {
+        runs.add(page, leaf_end, leaves.of_all());
+        page = leaf_end;
+      }
+      while (page < leaf_end) {
+        const std::uint64_t marked = leaves.skip_blank(page, leaf_end);
+        if (page < marked) runs.add(page, marked, leaves.of_all());
+        page = marked;
+        if (page == leaf_end) break;
+        const std::uint64_t word_end = part_end(page, MarkLeaf::pages_per_word, leaf_end);
+        leaves.add_words(page, word_end, runs);
         page = word_end;
       }
-      page = leaf_end;
     }
     page = node_end;
   }

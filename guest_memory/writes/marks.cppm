@@ -1,6 +1,7 @@
 module;
 #include <array>
 #include <atomic>
+#include <bit>
 #include <cstdint>
 #include <functional>
 #include <memory>
@@ -14,25 +15,30 @@ import :toucher;
 
 namespace cppvmm {
 
-/// What the words of marks are: of a page, 4 bits (Touchers); or a pointer to what is below, with 4 bits that count for
-/// all pages below beside what is there.
+/// What the words of marks are: the marks of some pages; or a pointer to what is below, with bits that count for all
+/// pages below beside what is there: a bit for each toucher, or one where all below is of the same toucher.
 using MarkWord = std::atomic<std::uint64_t>;
 
-/// 128 MiB of guest-physical pages.
+inline constexpr unsigned mark_touchers = 4;
+
+/// 128 MiB of guest-physical pages, for one toucher: a byte for each, 1 or 0. Who marks one page stores its byte, for
+/// which a processor need not lock the word.
 struct alignas(16) MarkLeaf {
   static constexpr std::uint64_t pages = std::uint64_t{1} << 15;
-  static constexpr std::uint64_t pages_per_word = 16;
+  static constexpr std::uint64_t pages_per_word = sizeof(MarkWord);
+  static constexpr unsigned of_each_part = mark_touchers;
   std::array<MarkWord, pages / pages_per_word> words{};
 };
 
-/// 1 TiB of them.
+/// 1 TiB of them, with a leaf for each toucher.
 struct alignas(16) MarkNode {
   static constexpr std::uint64_t pages = std::uint64_t{1} << 28;
-  std::array<MarkWord, pages / MarkLeaf::pages> leaves{};
+  static constexpr unsigned of_each_part = 1;
+  std::array<std::array<MarkWord, mark_touchers>, pages / MarkLeaf::pages> leaves{};
 };
 
 /// Pages that were marked by hand, and for whom: by guest page number, whatever the map has there. Who marks takes no
-/// lock: it sets bits of a bitmap, of which the parts are made when they are first needed, and stay.
+/// lock, and writes no page's mark that is there already. The parts are made when they are first needed, and stay.
 ///
 /// In memory that follows RAM: where the map has none, few parts are made, and no more than a map needs where RAM comes
 /// and goes. Beyond these, and where no memory is to be had, a mark becomes one of the whole part (128 MiB or 1 TiB):
@@ -46,7 +52,7 @@ public:
   Marks(const Marks&) = delete;
   Marks& operator=(const Marks&) = delete;
 
-  void mark(PageRange pages, Touchers by) noexcept;
+  inline void mark(PageRange pages, Touchers by) noexcept;
   /// What is marked as a part stays so where there is no memory to tell its pages apart.
   void clear(PageRange pages) noexcept;
 
@@ -91,9 +97,12 @@ private:
     std::atomic<std::uint64_t> spare = 0; ///< Made where it had none.
     std::atomic<std::uint64_t> of_ram = 0;
   };
+  /// Null where there is none yet.
+  [[nodiscard]] inline MarkLeaf* leaf_of(std::uint64_t page, unsigned toucher) const noexcept;
+  void mark_all(PageRange pages, std::uint64_t bits) noexcept;
   template <class Below>
   [[nodiscard]] Below* make_below(MarkWord& slot, std::uint64_t page, Allowance& allowance) noexcept;
-  void mark_in(MarkNode& node, std::uint64_t first, std::uint64_t end, std::uint64_t bits) noexcept;
+  void mark_in(MarkNode& node, std::uint64_t first, std::uint64_t end, unsigned toucher) noexcept;
   /// What counts for all pages below goes down to where `page` begins a part. With the lock.
   void split(std::uint64_t page) noexcept;
   /// Calls each(word, bits) for all words that are of these pages, once split at both ends.
@@ -106,5 +115,37 @@ private:
   Allowance some_leaves_{128};
   mutable std::mutex taking_; // held by who takes marks away, or looks at them
 };
+
+/// What a slot has beside its pointer.
+inline constexpr std::uint64_t mark_slot_bits = 0xF;
+
+template <class Below>
+Below* below(std::uint64_t slot) {
+  return reinterpret_cast<Below*>(slot & ~mark_slot_bits);
+}
+
+inline std::array<MarkWord, mark_touchers>& leaf_slots(MarkNode& node, std::uint64_t page) {
+  return node.leaves[page % MarkNode::pages / MarkLeaf::pages];
+}
+
+inline MarkLeaf* Marks::leaf_of(std::uint64_t page, unsigned toucher) const noexcept {
+  auto* const node = below<MarkNode>(nodes_[page / MarkNode::pages].load(std::memory_order_acquire));
+  if (node == nullptr) return nullptr;
+  return below<MarkLeaf>(leaf_slots(*node, page)[toucher].load(std::memory_order_acquire));
+}
+
+inline void Marks::mark(PageRange pages, Touchers by) noexcept {
+  const std::uint64_t bits = by.bits();
+  if (pages.count() == 1 && std::has_single_bit(bits)) {
+    const std::uint64_t page = pages.first().value();
+    if (MarkLeaf* const leaf = leaf_of(page, static_cast<unsigned>(std::countr_zero(bits)))) {
+      // No std::atomic has the bytes of another: the word is what those have who look at several pages at once.
+      auto* const byte = reinterpret_cast<std::uint8_t*>(leaf->words.data()) + page % MarkLeaf::pages;
+      if (__atomic_load_n(byte, __ATOMIC_ACQUIRE) == 0) __atomic_store_n(byte, 1, __ATOMIC_RELEASE);
+      return;
+    }
+  }
+  mark_all(pages, bits);
+}
 
 } // namespace cppvmm

@@ -46,7 +46,7 @@ TEST_F(MarksInRam, AreAsTheyWereMade) {
   TouchedMap expected;
   for (int i = 0; i < 3000; ++i) {
     // A few pages around where a word, a leaf or a node begins, or up to a gibibyte.
-    constexpr std::uint64_t units[] = {1, 16, leaf, node};
+    constexpr std::uint64_t units[] = {1, 8, leaf, node};
     const std::uint64_t unit = units[random() % 4];
     const std::uint64_t middle = (first + random() % count) / unit * unit;
     const std::uint64_t from = std::max(first, middle) - (middle > first + 40 ? random() % 40 : 0);
