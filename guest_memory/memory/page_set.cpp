@@ -19,7 +19,7 @@ static auto first_behind(Ranges& ranges, PageNumber page) {
 /// Adds behind all others but for the last, with which it may overlap.
 void PageSet::append(PageNumber first, PageNumber end) {
   if (ranges_.empty() || ranges_.back().end() < first)
-    ranges_.push_back(between(first, end));
+    push_back(between(first, end));
   else if (ranges_.back().end() < end)
     ranges_.back() = between(ranges_.back().first(), end);
 }
@@ -176,15 +176,17 @@ std::vector<PageRange> PageSet::largest(std::size_t count, const PageSet& withou
   // A heap of the largest so far, with the smallest of them in front.
   std::vector<PageRange> result;
   result.reserve(std::min(count, ranges_.size() + without.ranges_.size()));
+  std::uint64_t least = 0; // once there are as many as wanted; of equals, the lowest came first
   for_each_without(without, [&](const PageRange& range) {
+    if (range.count() <= least) return;
     if (result.size() == count) {
-      if (!larger(range, result.front())) return;
       std::ranges::pop_heap(result, larger);
       result.back() = range;
     } else {
       result.push_back(range);
     }
     std::ranges::push_heap(result, larger);
+    if (result.size() == count) least = result.front().count();
   });
   std::ranges::sort_heap(result, larger);
   return result;

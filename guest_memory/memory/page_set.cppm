@@ -22,9 +22,9 @@ public:
 
   /// Adds, removes or keeps only the pages given. Ranges that touch are joined. One range: O(1) behind all others, else
   /// O(log n) and moving up to all ranges behind it. A set: one pass over both.
-  void add(PageRange range) {
+  inline void add(PageRange range) {
     if (!range.empty() && (ranges_.empty() || ranges_.back().end() < range.first()))
-      ranges_.push_back(range);
+      push_back(range);
     else
       add_among(range);
   }
@@ -80,6 +80,12 @@ private:
     return {first.value(), end.value() - first.value()};
   }
   void add_among(PageRange range);
+  /// From registers: a push_back of std::vector's, which may have to move all, takes it by address, and reads at once
+  /// as a whole what was stored there in halves, for which a processor waits.
+  inline void push_back(PageRange range) {
+    ranges_.emplace_back();
+    ranges_.back() = range;
+  }
   void append(PageNumber first, PageNumber end);
   std::vector<PageRange> ranges_;
 };
