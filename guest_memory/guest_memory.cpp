@@ -321,8 +321,6 @@ GuestMemory::State::Surveys::Given GuestMemory::State::survey(const SurveyOption
     const bool is_stopped = stop.is_set();
     if (!current && !is_stopped && attempt < attempts) continue;
     if (!current) survey.touched = survey.ram;
-    survey.zeroed = survey.ram;
-    survey.zeroed.remove(survey.touched);
     return {.result = std::move(survey), .may_be_shared = !is_stopped};
   }
 }
@@ -336,7 +334,7 @@ Survey GuestMemory::survey(const SurveyOptions& options) const {
   auto survey = state_->surveys.get(shared_by, stop.token(), stop.deadline(), run);
   // The time was over before one began: nothing is looked at.
   if (!survey) survey = run().result;
-  survey->zeroed.remove(options.leave_out);
+  survey->left_out = options.leave_out;
   survey->cost = std::chrono::steady_clock::now() - begin;
   return std::move(*survey);
 }

@@ -5,7 +5,7 @@
 ///     cppvmm::GuestMemory memory(*map);
 ///     if (auto done = memory.write_value(cppvmm::GuestAddress(0x1000), std::uint64_t{42}); !done)
 ///       report(done.error());
-///     for (const cppvmm::PageRange& zeroed : memory.survey().zeroed.largest(255)) use(zeroed);
+///     for (const cppvmm::PageRange& zeroed : memory.survey().largest_zeroed(255)) use(zeroed);
 export module cppvmm.guest_memory;
 export import :address;
 export import :backing;

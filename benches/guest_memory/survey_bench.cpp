@@ -143,7 +143,7 @@ void run_legacy(benchmark::State& state, const Region& region) {
   for (auto _ : state) {
     const Survey survey = memory.survey({.leave_out = {}, .source = EvidenceSource::legacy});
     touched = survey.touched.page_count();
-    benchmark::DoNotOptimize(survey.zeroed.largest(255));
+    benchmark::DoNotOptimize(survey.largest_zeroed(255));
   }
   state.counters["touched_pages"] = static_cast<double>(touched);
 }

@@ -77,7 +77,7 @@ void watched_survey(benchmark::State& state) {
     static_cast<volatile std::byte*>(region.host_address())[at] = std::byte{1};
   std::uint64_t zeroed = 0;
   for (auto _ : state)
-    zeroed = memory.survey().zeroed.page_count();
+    zeroed = memory.survey().zeroed().page_count();
   state.counters["zeroed_pages"] = static_cast<double>(zeroed);
 }
 BENCHMARK(watched_survey)->ArgName("huge")->Arg(0)->Arg(1)->Unit(benchmark::kMillisecond);

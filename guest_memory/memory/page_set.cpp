@@ -168,28 +168,31 @@ std::uint64_t PageSet::page_count() const {
   return pages;
 }
 
+static bool is_larger(const PageRange& left, const PageRange& right) {
+  return left.count() != right.count() ? left.count() > right.count() : left.first() < right.first();
+}
+
+void LargestRanges::add_large(PageRange range) {
+  if (heap_.size() == count_) {
+    std::ranges::pop_heap(heap_, is_larger);
+    heap_.back() = range;
+  } else {
+    heap_.push_back(range);
+  }
+  std::ranges::push_heap(heap_, is_larger);
+  if (heap_.size() == count_) least_ = heap_.front().count();
+}
+
+std::vector<PageRange> LargestRanges::take() && {
+  std::ranges::sort_heap(heap_, is_larger);
+  return std::move(heap_);
+}
+
 std::vector<PageRange> PageSet::largest(std::size_t count, const PageSet& without) const {
-  const auto larger = [](const PageRange& left, const PageRange& right) {
-    return left.count() != right.count() ? left.count() > right.count() : left.first() < right.first();
-  };
   if (count == 0) return {};
-  // A heap of the largest so far, with the smallest of them in front.
-  std::vector<PageRange> result;
-  result.reserve(std::min(count, ranges_.size() + without.ranges_.size()));
-  std::uint64_t least = 0; // once there are as many as wanted; of equals, the lowest came first
-  for_each_without(without, [&](const PageRange& range) {
-    if (range.count() <= least) return;
-    if (result.size() == count) {
-      std::ranges::pop_heap(result, larger);
-      result.back() = range;
-    } else {
-      result.push_back(range);
-    }
-    std::ranges::push_heap(result, larger);
-    if (result.size() == count) least = result.front().count();
-  });
-  std::ranges::sort_heap(result, larger);
-  return result;
+  LargestRanges result(count, ranges_.size() + without.ranges_.size());
+  for_each_without(without, [&](const PageRange& range) { result.add(range); });
+  return std::move(result).take();
 }
 
 } // namespace cppvmm

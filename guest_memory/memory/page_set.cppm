@@ -56,18 +56,21 @@ public:
     auto hole = without.ranges_.begin();
     const auto end = without.ranges_.end();
     if (!ranges_.empty()) hole = std::ranges::upper_bound(hole, end, ranges_.front().first(), {}, &PageRange::end);
-    for (const PageRange& range : ranges_) {
-      PageNumber at = range.first();
+    auto range = ranges_.begin();
+    for (; range != ranges_.end() && hole != end; ++range) {
+      PageNumber at = range->first();
       while (hole != end && hole->end() <= at)
         ++hole;
-      for (; hole != end && hole->first() < range.end(); ++hole) {
+      for (; hole != end && hole->first() < range->end(); ++hole) {
         if (at < hole->first()) each(between(at, hole->first()));
         at = hole->end();
         // The next range may lie in it too.
-        if (range.end() <= at) break;
+        if (range->end() <= at) break;
       }
-      if (at < range.end()) each(between(at, range.end()));
+      if (at < range->end()) each(between(at, range->end()));
     }
+    for (; range != ranges_.end(); ++range)
+      each(*range);
   }
   /// At most `count` of the ranges that are left without the pages of `without`: the ones with the most pages, largest
   /// first, of equals the lowest first. One pass over both, O(log count) a range, and room for `count`.
@@ -88,6 +91,26 @@ private:
   }
   void append(PageNumber first, PageNumber end);
   std::vector<PageRange> ranges_;
+};
+
+/// The ones with the most pages of the ranges that are added, largest first, of equals the lowest first.
+class LargestRanges {
+public:
+  /// At most `count`, of at most `shown` that will be added; at least one.
+  LargestRanges(std::size_t count, std::size_t shown) : count_(count) { heap_.reserve(std::min(count, shown)); }
+
+  /// In ascending order. O(log count) for one that is larger than the least so far, else one comparison.
+  inline void add(PageRange range) {
+    if (range.count() > least_) add_large(range);
+  }
+  [[nodiscard]] std::vector<PageRange> take() &&;
+
+private:
+  void add_large(PageRange range);
+
+  std::size_t count_;
+  std::vector<PageRange> heap_; ///< The smallest of them in front.
+  std::uint64_t least_ = 0;     ///< Once there are as many as wanted: the pages of that one. Of equals, it came first.
 };
 
 } // namespace cppvmm

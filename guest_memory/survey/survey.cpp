@@ -33,6 +33,21 @@ import :write_record;
 
 namespace cppvmm {
 
+PageSet Survey::zeroed() const {
+  PageSet result;
+  result.reserve(ram.range_count() + touched.range_count() + left_out.range_count());
+  for_each_zeroed({}, [&](const PageRange& range) { result.add(range); });
+  return result;
+}
+
+std::vector<PageRange> Survey::largest_zeroed(std::size_t count, const PageSet& without) const {
+  if (count == 0) return {};
+  LargestRanges largest(count,
+                        ram.range_count() + touched.range_count() + left_out.range_count() + without.range_count());
+  for_each_zeroed(without, [&](const PageRange& range) { largest.add(range); });
+  return std::move(largest).take();
+}
+
 TouchedMap Survey::touched_map() const {
   TouchedMap result = touchers;
   PageSet unmarked = touched;

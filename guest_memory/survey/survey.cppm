@@ -1,7 +1,10 @@
 module;
+#include <array>
 #include <chrono>
+#include <cstddef>
 #include <cstdint>
 #include <optional>
+#include <span>
 #include <stop_token>
 #include <vector>
 export module cppvmm.guest_memory:survey;
@@ -75,15 +78,44 @@ export struct Survey {
   PageSet ram;
   /// Pages of RAM that may hold data: by evidence, by mark, or because nothing is known.
   PageSet touched;
-  /// ram - touched - left out. Each of these pages was zero at a moment during the survey (for a look at the content of
-  /// shared memory, see ContentCheckOptions); none of them held data when it began, but for pages that were discarded,
-  /// or with a look at the content overwritten with zeros, since.
-  PageSet zeroed;
+  /// SurveyOptions::leave_out, be it RAM or not.
+  PageSet left_out;
   /// Who wrote, as far as it is known: what RAM was marked by hand, what a write log and its record of the accessors
   /// show. The other touched pages have an unknown writer, and so have those beyond the 2^18 largest ranges.
   TouchedMap touchers;
   std::vector<RegionSurvey> regions;
   std::chrono::nanoseconds cost{}; ///< Of the whole, as GuestMemory::survey makes it.
+
+  /// ram - touched - left_out. Each of these pages was zero at a moment during the survey (for a look at the content of
+  /// shared memory, see ContentCheckOptions); none of them held data when it began, but for pages that were discarded,
+  /// or with a look at the content overwritten with zeros, since. A new set each time, about as large as `touched`: one
+  /// pass over the three.
+  [[nodiscard]] PageSet zeroed() const;
+  /// Calls each(range) for the ranges of `zeroed()` that are left without the pages of `without`, ascending; they do
+  /// not touch. One pass over the four sets, which takes no memory.
+  template <class Each>
+  void for_each_zeroed(const PageSet& without, Each each) const {
+    std::array holes{touched.ranges(), left_out.ranges(), without.ranges()};
+    for (const PageRange& range : ram.ranges()) {
+      for (PageNumber at = range.first(); at < range.end();) {
+        // The first to begin of those that do not end before it, which may have begun already.
+        PageNumber hole = range.end();
+        PageNumber behind = range.end();
+        for (std::span<const PageRange>& rest : holes) {
+          while (!rest.empty() && rest.front().end() <= at)
+            rest = rest.subspan(1);
+          if (rest.empty() || rest.front().first() >= hole) continue;
+          hole = rest.front().first();
+          behind = rest.front().end();
+        }
+        if (at < hole) each(*PageRange::make(at, hole.value() - at.value()));
+        at = behind;
+      }
+    }
+  }
+  /// At most `count` of the same ranges: the ones with the most pages, largest first, of equals the lowest first. One
+  /// pass over the four sets, O(log count) a range, and room for `count`.
+  [[nodiscard]] std::vector<PageRange> largest_zeroed(std::size_t count, const PageSet& without = {}) const;
 
   /// The touched pages with who touched them.
   [[nodiscard]] TouchedMap touched_map() const;

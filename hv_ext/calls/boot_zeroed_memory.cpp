@@ -159,7 +159,7 @@ HvStatus BootZeroedState::answer(AnswerInProgress& own, const LeavingSurvey& fou
       knows_all = own.knows_all;
     }
     ranges.clear();
-    if (knows_all && tries < most_tries) ranges = found.survey.zeroed.largest(hv_boot_zeroed_max_ranges, leave_out);
+    if (knows_all && tries < most_tries) ranges = found.survey.largest_zeroed(hv_boot_zeroed_max_ranges, leave_out);
     if (!memory.write(own.output, encode_boot_zeroed(ranges))) return HvStatus::invalid_parameter;
     const std::lock_guard lock(mutex);
     is_over = ranges.empty() || (own.knows_all && own.leave_out.page_count() == known);

@@ -23,14 +23,15 @@ export [[nodiscard]] BootZeroedOutput encode_boot_zeroed(std::span<const PageRan
 export struct BootZeroedAnswer {
   GuestAddress output;
   std::vector<PageRange> ranges; ///< Largest first, at most hv_boot_zeroed_max_ranges.
-  /// What the ranges are of. Calls that came while others were answered have one together: its `zeroed` has what is
+  /// What the ranges are of. Calls that came while others were answered have one together: its zeroed() has what is
   /// left out of this call.
   const Survey& survey;
   const PageSet& leave_out;
 
-  /// The pages that could be reported, in ranges of any size.
+  /// The pages that could be reported, in ranges of any size: a new set, as Survey::zeroed is. Survey::for_each_zeroed
+  /// takes no memory.
   [[nodiscard]] PageSet zeroed() const {
-    PageSet pages = survey.zeroed;
+    PageSet pages = survey.zeroed();
     pages.remove(leave_out);
     return pages;
   }

@@ -245,7 +245,7 @@ std::function<void(const BootZeroedAnswer&)> ExtendedHypercalls::State::traced()
   return [this](const BootZeroedAnswer& answer) {
     HvRangesAnswered told{
         .output = answer.output, .ranges = answer.ranges, .ram_pages = answer.survey.ram.page_count()};
-    answer.survey.zeroed.for_each_without(answer.leave_out, [&](const PageRange& range) {
+    answer.survey.for_each_zeroed(answer.leave_out, [&](const PageRange& range) {
       told.zeroed_pages += range.count();
       ++told.zeroed_ranges;
     });

@@ -46,7 +46,7 @@ TEST_F(HugetlbPages, OfPrivateMemoryAreToldApart) {
   const Region region = *Region::hugetlb(GuestAddress(0), 8 * huge, HugePageSize::two_mib);
   const GuestMemory memory(*MemoryMap::make({region}));
   for (const auto source : sources)
-    EXPECT_EQ(memory.survey({.leave_out = {}, .source = source}).zeroed.page_count(), 8 * 512U);
+    EXPECT_EQ(memory.survey({.leave_out = {}, .source = source}).zeroed().page_count(), 8 * 512U);
   store(region, 3 * huge + 5);
   ASSERT_TRUE(memory.write_value(GuestAddress(7 * huge), std::uint8_t{0}));
   PageSet touched(pages(3 * 512, 512));
@@ -116,7 +116,7 @@ TEST_F(HugetlbPages, OfAFileAreNotTakenForOneThatIsDiscardedMeanwhile) {
   for (int round = 0; round < rounds; ++round) {
     store(region, 0);
     each_round.arrive_and_wait();
-    if (memory.survey().zeroed.contains(PageNumber(5 * 512))) ++unsound;
+    if (memory.survey().zeroed().contains(PageNumber(5 * 512))) ++unsound;
     each_round.arrive_and_wait();
   }
   EXPECT_EQ(unsound, 0);
@@ -131,7 +131,7 @@ TEST_F(HugetlbPages, AreAdoptedAsWhatTheyAre) {
   ASSERT_TRUE(region) << region.error().message();
   const GuestMemory memory(*MemoryMap::make({*region}));
   store(*region, huge);
-  EXPECT_EQ(memory.survey().zeroed, PageSet(pages(0, 512)));
+  EXPECT_EQ(memory.survey().zeroed(), PageSet(pages(0, 512)));
   munmap(host, 2 * huge);
 }
 
@@ -203,11 +203,11 @@ TEST_F(SnapshotFile, MappedSharedHasWhatAnyoneWrote) {
   ASSERT_EQ(pwrite(fd, "x", 1, 400 * page_size), 1);
   const Survey survey = memory.survey();
   for (const std::uint64_t page : {data_first, std::uint64_t{300}, std::uint64_t{400}})
-    EXPECT_FALSE(survey.zeroed.contains(PageNumber(page)));
+    EXPECT_FALSE(survey.zeroed().contains(PageNumber(page)));
   EXPECT_EQ(survey.regions[0].evidence, test::machine_facts().cachestat ? Evidence::page_cache : Evidence::none);
-  if (test::machine_facts().cachestat) EXPECT_GT(survey.zeroed.page_count(), 900U);
+  if (test::machine_facts().cachestat) EXPECT_GT(survey.zeroed().page_count(), 900U);
   // Without cachestat nothing confirms a hole of a file that others may write.
-  EXPECT_TRUE(memory.survey({.leave_out = {}, .source = EvidenceSource::legacy}).zeroed.empty());
+  EXPECT_TRUE(memory.survey({.leave_out = {}, .source = EvidenceSource::legacy}).zeroed().empty());
   munmap(host, 4 * mib);
 }
 
@@ -243,7 +243,7 @@ TEST(SharedAnonymous, IsSurveyedThroughItsHiddenFile) {
     const Survey survey = memory.survey({.leave_out = {}, .source = source});
     if (!test::machine_facts().map_files) {
       // Only a privileged process may look there.
-      EXPECT_TRUE(survey.zeroed.empty());
+      EXPECT_TRUE(survey.zeroed().empty());
       ASSERT_TRUE(survey.regions[0].error);
       EXPECT_EQ(survey.regions[0].error->os_error, EPERM);
     } else {
@@ -283,7 +283,7 @@ TEST(SharedAnonymous, CountsWhereItIsGoneWhileMappingsAreListed) {
   });
   int unsound = 0;
   for (int i = 0; i < 5000; ++i)
-    if (memory.survey().zeroed.intersects(pages(half / page_size, half / page_size))) ++unsound;
+    if (memory.survey().zeroed().intersects(pages(half / page_size, half / page_size))) ++unsound;
   stop = true;
   mover.join();
   EXPECT_EQ(unsound, 0);
@@ -298,14 +298,14 @@ TEST(Userfaultfd, MemoryThatAHandlerFillsIsNeverReported) {
   ASSERT_EQ(ioctl(uffd, UFFDIO_API, &api), 0);
   for (const auto& region : {*Region::anonymous(GuestAddress(0), mib), *Region::memfd(GuestAddress(0), mib)}) {
     const GuestMemory memory(*MemoryMap::make({region}));
-    EXPECT_EQ(memory.survey().zeroed.page_count(), 256U);
+    EXPECT_EQ(memory.survey().zeroed().page_count(), 256U);
     uffdio_register request{};
     request.range = {.start = reinterpret_cast<std::uintptr_t>(region.host_address()) + mib / 2, .len = page_size};
     request.mode = UFFDIO_REGISTER_MODE_MISSING;
     ASSERT_EQ(ioctl(uffd, UFFDIO_REGISTER, &request), 0);
-    EXPECT_TRUE(memory.survey().zeroed.empty());
+    EXPECT_TRUE(memory.survey().zeroed().empty());
     ASSERT_EQ(ioctl(uffd, UFFDIO_UNREGISTER, &request.range), 0);
-    EXPECT_EQ(memory.survey().zeroed.page_count(), 256U);
+    EXPECT_EQ(memory.survey().zeroed().page_count(), 256U);
   }
   close(uffd);
 }

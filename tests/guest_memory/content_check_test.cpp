@@ -122,7 +122,7 @@ TEST_P(ContentScanBy, SeesAByteWhereverItIs) {
   const GuestMemory memory(*MemoryMap::make({region}));
   const Survey survey = memory.survey(with({.scan = GetParam()}));
   EXPECT_EQ(survey.regions[0].touched_pages, 2 * page_size);
-  EXPECT_EQ(survey.zeroed, those(region, [](std::uint64_t page) { return page % 2 == 1; }));
+  EXPECT_EQ(survey.zeroed(), those(region, [](std::uint64_t page) { return page % 2 == 1; }));
   ASSERT_TRUE(survey.regions[0].content);
   EXPECT_EQ(survey.regions[0].content->checked_pages, 2 * page_size);
   EXPECT_EQ(survey.regions[0].content->zero_pages, page_size);
@@ -133,7 +133,7 @@ TEST_P(ContentScanBy, SeesEveryBitOfAWord) {
   for (std::uint64_t bit = 0; bit < 64; ++bit)
     store(region, bit, 1000 + bit / 8, static_cast<char>(1 << bit % 8));
   const GuestMemory memory(*MemoryMap::make({region}));
-  EXPECT_TRUE(memory.survey(with({.scan = GetParam()})).zeroed.empty());
+  EXPECT_TRUE(memory.survey(with({.scan = GetParam()})).zeroed().empty());
 }
 
 INSTANTIATE_TEST_SUITE_P(All, ContentScanBy,
@@ -172,15 +172,15 @@ void find_zeros_among_data(const Region& region, const std::function<void(std::u
       for (const auto& executor : {TaskExecutor(), post}) {
         const Survey survey = memory.survey(with({.executor = executor, .parallel_tasks = 2}, source));
         const RegionSurvey& report = survey.regions[0];
-        PageSet wrong = survey.zeroed;
+        PageSet wrong = survey.zeroed();
         wrong.intersect(holds_data);
         EXPECT_TRUE(wrong.empty());
         PageSet missed = is_known;
-        missed.remove(survey.zeroed);
+        missed.remove(survey.zeroed());
         EXPECT_TRUE(missed.empty());
         PageSet all(region.pages());
         all.remove(holds_data);
-        if (report.evidence != Evidence::none) EXPECT_EQ(survey.zeroed, all);
+        if (report.evidence != Evidence::none) EXPECT_EQ(survey.zeroed(), all);
         ASSERT_TRUE(report.content);
         EXPECT_FALSE(report.content->error) << report.content->error->message();
         EXPECT_EQ(report.content->checked_pages + report.content->absent_pages, report.touched_pages);
@@ -300,9 +300,9 @@ TEST_F(ContentOfAFile, PrivateCopiesAreReadAndTheRestOfTheFileIsNot) {
   EXPECT_EQ(survey.regions[0].content->zero_pages, 10U);
   EXPECT_EQ(survey.regions[0].content->absent_pages, survey.regions[0].touched_pages - 20);
   EXPECT_EQ(*region->resident_bytes(), before);
-  EXPECT_TRUE(survey.zeroed.contains(pages(100, 10)));
-  EXPECT_FALSE(survey.zeroed.intersects(pages(110, 10)));
-  EXPECT_FALSE(survey.zeroed.intersects(pages(16, 8)));
+  EXPECT_TRUE(survey.zeroed().contains(pages(100, 10)));
+  EXPECT_FALSE(survey.zeroed().intersects(pages(110, 10)));
+  EXPECT_FALSE(survey.zeroed().intersects(pages(16, 8)));
 }
 
 TEST_F(ContentOfAFile, SharedPagesAreReadOnlyIfTheyAreMappedHere) {
@@ -326,7 +326,7 @@ TEST_F(ContentOfAFile, SharedPagesAreReadOnlyIfTheyAreMappedHere) {
   const Survey survey = memory.survey(with({}, EvidenceSource::legacy));
   EXPECT_EQ(cached_pages(host, bytes), before);
   EXPECT_EQ(survey.regions[0].touched_pages, bytes / page_size);
-  EXPECT_EQ(survey.zeroed, PageSet(pages(100, 10)));
+  EXPECT_EQ(survey.zeroed(), PageSet(pages(100, 10)));
   munmap(host, bytes);
 }
 
@@ -357,9 +357,9 @@ TEST(ContentCheck, GivesPopulatedMemoryBack) {
     for (std::uint64_t page = 0; page < region.pages().count(); ++page)
       store(region, page, 0, 0);
     const GuestMemory memory(*MemoryMap::make({region}));
-    EXPECT_TRUE(memory.survey().zeroed.empty());
+    EXPECT_TRUE(memory.survey().zeroed().empty());
     const Survey survey = memory.survey(with());
-    EXPECT_EQ(survey.zeroed, PageSet(region.pages()));
+    EXPECT_EQ(survey.zeroed(), PageSet(region.pages()));
     EXPECT_EQ(survey.regions[0].content->zero_pages, region.pages().count());
   }
 }
@@ -372,7 +372,7 @@ TEST(ContentCheck, LeavesMarksAndWhatIsLeftOutAlone) {
   memory.mark_touched(pages(first_page + 5, 1), Toucher::device);
   SurveyOptions options = with();
   options.leave_out.add(pages(first_page + 9, 1));
-  EXPECT_EQ(memory.survey(options).zeroed, those(region, [](std::uint64_t page) { return page != 5 && page != 9; }));
+  EXPECT_EQ(memory.survey(options).zeroed(), those(region, [](std::uint64_t page) { return page != 5 && page != 9; }));
 }
 
 TEST(ContentCheck, NeverReadsMemoryOfUnknownKind) {
@@ -381,7 +381,7 @@ TEST(ContentCheck, NeverReadsMemoryOfUnknownKind) {
   {
     const GuestMemory memory(*MemoryMap::make({*Region::adopt(GuestAddress(0), {host, mib, Backing::unknown})}));
     const Survey survey = memory.survey(with());
-    EXPECT_TRUE(survey.zeroed.empty());
+    EXPECT_TRUE(survey.zeroed().empty());
     EXPECT_FALSE(survey.regions[0].content);
   }
   munmap(host, mib);
@@ -395,7 +395,7 @@ TEST(ContentCheck, NeverReadsMemoryThatIsOfAnotherKindThanStated) {
     // Reading here would end the program.
     ASSERT_EQ(mprotect(static_cast<char*>(host) + mib / 2, mib / 2, PROT_NONE), 0);
     const Survey survey = memory.survey(with());
-    EXPECT_TRUE(survey.zeroed.empty());
+    EXPECT_TRUE(survey.zeroed().empty());
     EXPECT_FALSE(survey.regions[0].content);
   }
   munmap(host, mib);
@@ -429,7 +429,7 @@ TEST(ContentCheck, BringsNothingBackFromSwap) {
     const auto after = out();
     for (std::uint64_t page = 0; page < 2048; ++page)
       if (before[page]) EXPECT_TRUE(after[page]) << page;
-    EXPECT_EQ(survey.zeroed, those(region, [&](std::uint64_t page) { return page % 2 == 0 && !before[page]; }));
+    EXPECT_EQ(survey.zeroed(), those(region, [&](std::uint64_t page) { return page % 2 == 0 && !before[page]; }));
     EXPECT_EQ(survey.regions[0].touched_pages, 2048U);
     EXPECT_EQ(survey.regions[0].content->absent_pages, swapped);
     EXPECT_EQ(survey.regions[0].content->checked_pages, 2048 - swapped);
@@ -448,8 +448,8 @@ TEST(ContentCheck, AllocatesNothingInHoles) {
   const auto cached = cached_pages(region.host_address(), region.bytes());
   const Survey survey = memory.survey(with({}, EvidenceSource::legacy));
   EXPECT_EQ(survey.regions[0].touched_pages, 1024U);
-  EXPECT_TRUE(survey.zeroed.contains(PageNumber(first_page + 600)));
-  EXPECT_FALSE(survey.zeroed.contains(PageNumber(first_page + 601)));
+  EXPECT_TRUE(survey.zeroed().contains(PageNumber(first_page + 600)));
+  EXPECT_FALSE(survey.zeroed().contains(PageNumber(first_page + 601)));
   EXPECT_EQ(*region.resident_bytes(), before);
   EXPECT_EQ(cached_pages(region.host_address(), region.bytes()), cached);
   EXPECT_GE(survey.regions[0].content->absent_pages, 768U - 2U);
@@ -485,7 +485,7 @@ TEST(ContentCheck, ReadsNoMoreThanItMayAndTheLargestExtentFirst) {
       EXPECT_EQ(report.absent_pages, 0U);
       EXPECT_EQ(survey.touched.page_count(), report.unchecked_pages);
       PageSet large(pages(first_page + 3000, 2048));
-      large.intersect(survey.zeroed);
+      large.intersect(survey.zeroed());
       if (!executor) EXPECT_EQ(large.page_count(), std::min<std::uint64_t>(budget, 2048));
     }
 }
@@ -530,7 +530,7 @@ protected:
 
   void expect_all_found(TaskExecutor executor, unsigned tasks = 3) {
     const Survey survey = memory.survey(with({.executor = std::move(executor), .parallel_tasks = tasks}));
-    EXPECT_EQ(survey.zeroed, expected);
+    EXPECT_EQ(survey.zeroed(), expected);
     EXPECT_EQ(survey.regions[0].content->checked_pages, region->pages().count());
     EXPECT_EQ(survey.regions[0].content->zero_pages, expected.page_count());
   }
@@ -654,11 +654,11 @@ TEST(ContentCheck, NeverReportsAPageThatHoldsDataWhileOthersWrite) {
     for (int round = 0; round < 30; ++round) {
       const Survey survey =
           memory.survey(with({.executor = [&pool](auto task) { pool.post(std::move(task)); }, .parallel_tasks = 1}));
-      PageSet wrong = survey.zeroed;
+      PageSet wrong = survey.zeroed();
       wrong.intersect(data);
       EXPECT_TRUE(wrong.empty());
       PageSet missed = zero;
-      missed.remove(survey.zeroed);
+      missed.remove(survey.zeroed());
       EXPECT_TRUE(missed.empty());
     }
     stop = true;
@@ -689,7 +689,7 @@ TEST(ContentCheck, IsNotMisledByDataThatGoesToAndFroWhereWritesAreWatched) {
     const Survey survey = memory.survey(with());
     ASSERT_TRUE(survey.regions[0].content);
     ASSERT_TRUE(survey.regions[0].content->is_watched);
-    EXPECT_TRUE(survey.zeroed.empty()) << survey.zeroed.page_count() << " pages in round " << round;
+    EXPECT_TRUE(survey.zeroed().empty()) << survey.zeroed().page_count() << " pages in round " << round;
   }
 }
 
@@ -731,7 +731,7 @@ void never_reports_data_that_moves(std::uint64_t from, std::uint64_t to) {
       reading.notify_all();
     };
     const Survey survey = memory.survey(with({.executor = begin, .parallel_tasks = 1}));
-    EXPECT_TRUE(survey.zeroed.empty()) << survey.zeroed.page_count() << " pages in round " << round;
+    EXPECT_TRUE(survey.zeroed().empty()) << survey.zeroed().page_count() << " pages in round " << round;
     EXPECT_EQ(reading, round);
     begin(0);
     is_surveyed = true;

@@ -85,7 +85,7 @@ TEST_P(OverlayFile, ProvesNothingAndSaysWhy) {
   if (GetParam() == Backing::private_file) GTEST_SKIP() << "it is read, for nobody changes it";
   for (const auto source : sources) {
     const Survey survey = memory.survey({.leave_out = {}, .source = source});
-    EXPECT_TRUE(survey.zeroed.empty());
+    EXPECT_TRUE(survey.zeroed().empty());
     EXPECT_EQ(survey.regions[0].evidence, Evidence::none);
     ASSERT_TRUE(survey.regions[0].error);
     EXPECT_NE(survey.regions[0].error->message().find("file system"), std::string::npos)
@@ -103,7 +103,7 @@ TEST_P(OverlayFile, NeverReportsDataInMigration) {
     }
   });
   for (int i = 0; i < 50; ++i) {
-    PageSet zeroed = memory.survey().zeroed;
+    PageSet zeroed = memory.survey().zeroed();
     zeroed.intersect(data);
     EXPECT_TRUE(zeroed.empty()) << zeroed.page_count() << " pages with data were reported";
   }
@@ -139,7 +139,7 @@ TEST(DiskFile, NeverReportsDataThatIsWrittenBackAndDropped) {
         is_dropped = true;
       });
       do {
-        PageSet zeroed = memory.survey().zeroed;
+        PageSet zeroed = memory.survey().zeroed();
         zeroed.intersect(data);
         unsound += zeroed.page_count();
       } while (!is_dropped);

@@ -92,13 +92,13 @@ TEST_F(GivenUpMemory, OfHugePagesProvesNothingUntilItIsDiscarded) {
   ASSERT_TRUE(given_up.is_made());
   if (given_up.region().huge_page_bytes().value_or(0) == 0) GTEST_SKIP() << "no huge pages were given";
   const Survey survey = given_up.memory().survey();
-  EXPECT_TRUE(survey.zeroed.empty());
+  EXPECT_TRUE(survey.zeroed().empty());
   EXPECT_EQ(survey.regions[0].evidence, Evidence::none);
   ASSERT_TRUE(survey.regions[0].error);
   EXPECT_EQ(survey.regions[0].error->code, MemoryErrc::unavailable);
 
   ASSERT_TRUE(given_up.region().discard(given_up.region().pages()));
-  EXPECT_EQ(given_up.memory().survey().zeroed, PageSet(given_up.region().pages()));
+  EXPECT_EQ(given_up.memory().survey().zeroed(), PageSet(given_up.region().pages()));
 }
 
 TEST_F(GivenUpMemory, IsNotReportedWhileTheKernelTriesToTakeIt) {
@@ -121,7 +121,7 @@ TEST_F(GivenUpMemory, IsNotReportedWhileTheKernelTriesToTakeIt) {
     std::atomic<bool> stop = false;
     std::thread looking([&] {
       while (!stop) {
-        PageSet reported = given_up.memory().survey().zeroed;
+        PageSet reported = given_up.memory().survey().zeroed();
         reported.intersect(given_up.pages());
         ++surveys;
         if (!reported.empty()) ++unsound;

@@ -202,7 +202,7 @@ TEST_F(HugetlbPrivateFile, IsCountedAloneOrNotAtAll) {
   EXPECT_EQ(memory.survey(legacy).touched, huge_set({3}));
   static_cast<volatile char*>(beside)[0] = 1;
   EXPECT_EQ(memory.survey(legacy).regions[0].evidence, Evidence::none);
-  EXPECT_TRUE(memory.survey(legacy).zeroed.empty());
+  EXPECT_TRUE(memory.survey(legacy).zeroed().empty());
   munmap(beside, bytes);
   EXPECT_EQ(memory.survey(legacy).touched, huge_set({3}));
 }

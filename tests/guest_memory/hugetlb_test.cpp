@@ -144,12 +144,12 @@ protected:
       int without = 0;
       for (int i = 0; i < surveys; ++i) {
         const Survey survey = memory.survey({.leave_out = {}, .source = source});
-        PageSet wrong = survey.zeroed;
+        PageSet wrong = survey.zeroed();
         wrong.remove(empty);
         if (!wrong.empty()) ++unsound;
         if (survey.regions[0].evidence == Evidence::none)
           ++without;
-        else if (survey.zeroed != empty)
+        else if (survey.zeroed() != empty)
           ++incomplete;
       }
       EXPECT_EQ(unsound, 0) << "of " << surveys << " surveys, " << name_of(source);
@@ -203,7 +203,7 @@ TEST_P(DisturbedHugePages, AreNotTakenForOneThatIsDiscardedAndComesBack) {
   for (const auto source : sources) {
     int unsound = 0;
     for (int i = 0; i < surveys; ++i) {
-      PageSet wrong = memory.survey({.leave_out = {}, .source = source}).zeroed;
+      PageSet wrong = memory.survey({.leave_out = {}, .source = source}).zeroed();
       wrong.intersect(PageSet(huge_pages(0, data_pages)));
       if (!wrong.empty()) ++unsound;
     }
@@ -295,7 +295,7 @@ TEST_F(SharedHugePages, AreNotTakenForProtectedOnes) {
   ASSERT_TRUE(other.protect(region, 1));
   for (const auto source : sources) {
     const Survey survey = memory.survey({.leave_out = {}, .source = source});
-    EXPECT_FALSE(survey.zeroed.contains(PageNumber(5 * pages_of_huge)));
+    EXPECT_FALSE(survey.zeroed().contains(PageNumber(5 * pages_of_huge)));
     EXPECT_EQ(survey.regions[0].evidence, Evidence::none) << "another userfaultfd has the memory";
     ASSERT_TRUE(survey.regions[0].error);
     EXPECT_EQ(survey.regions[0].error->os_error, EBUSY);
@@ -316,9 +316,9 @@ TEST_F(SharedHugePages, AreNotTakenForPoisonedOnes) {
   }
   for (const auto source : sources) {
     const Survey survey = memory.survey({.leave_out = {}, .source = source});
-    EXPECT_FALSE(survey.zeroed.contains(PageNumber(5 * pages_of_huge)));
-    EXPECT_FALSE(survey.zeroed.contains(PageNumber(0))) << "which cannot be read";
-    EXPECT_TRUE(survey.zeroed.contains(PageNumber(pages_of_huge)));
+    EXPECT_FALSE(survey.zeroed().contains(PageNumber(5 * pages_of_huge)));
+    EXPECT_FALSE(survey.zeroed().contains(PageNumber(0))) << "which cannot be read";
+    EXPECT_TRUE(survey.zeroed().contains(PageNumber(pages_of_huge)));
   }
 }
 
@@ -342,7 +342,7 @@ TEST_F(SharedHugePages, AreNotTakenForOneThatAnotherProcessPunchesOut) {
   int unsound = 0;
   for (int i = 0; i < 500; ++i) {
     store(region, 0);
-    if (memory.survey().zeroed.contains(PageNumber(5 * pages_of_huge))) ++unsound;
+    if (memory.survey().zeroed().contains(PageNumber(5 * pages_of_huge))) ++unsound;
   }
   go.reset();
   int status = 0;
@@ -418,7 +418,7 @@ TEST_F(SurveyedHugePages, AreNotCountedInAForkedProcess) {
   const pid_t child = fork();
   if (child == 0) {
     const Survey survey = memory.survey({.leave_out = {}, .source = EvidenceSource::legacy});
-    _exit(survey.zeroed.empty() && survey.regions[0].evidence == Evidence::none ? 0 : 1);
+    _exit(survey.zeroed().empty() && survey.regions[0].evidence == Evidence::none ? 0 : 1);
   }
   int status = 0;
   ASSERT_EQ(waitpid(child, &status, 0), child);
@@ -485,13 +485,13 @@ TEST_F(SurveyedHugePages, MayBelongToAUserfaultfd) {
   if (!other.add(region, 2, UFFDIO_REGISTER_MODE_WP)) GTEST_SKIP() << "huge pages cannot be write-protected here";
   for (const auto source : sources) {
     const Survey survey = memory.survey({.leave_out = {}, .source = source});
-    EXPECT_TRUE(survey.zeroed.empty());
+    EXPECT_TRUE(survey.zeroed().empty());
     EXPECT_EQ(survey.regions[0].evidence, Evidence::none);
     ASSERT_TRUE(survey.regions[0].error);
     EXPECT_EQ(survey.regions[0].error->os_error, EBUSY);
   }
   ASSERT_TRUE(other.remove(region, 2)) << "it is the embedder's still";
-  EXPECT_EQ(memory.survey().zeroed.page_count(), 8 * pages_of_huge);
+  EXPECT_EQ(memory.survey().zeroed().page_count(), 8 * pages_of_huge);
 }
 
 TEST_F(SurveyedHugePages, AreWatchedAndSurveyedByManyAtOnce) {
@@ -508,7 +508,7 @@ TEST_F(SurveyedHugePages, AreWatchedAndSurveyedByManyAtOnce) {
         threads.emplace_back([&] {
           for (int i = 0; i < 100; ++i) {
             const Survey survey = memory.survey();
-            if (survey.zeroed.contains(PageNumber(3 * pages_of_huge))) ++unsound;
+            if (survey.zeroed().contains(PageNumber(3 * pages_of_huge))) ++unsound;
             if (survey.regions[0].evidence == Evidence::none) ++unknown;
           }
         });

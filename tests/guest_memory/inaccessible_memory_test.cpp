@@ -250,7 +250,7 @@ TEST_P(InaccessibleMemory, IsNotDiedOfInASurvey) {
   options.content_check.emplace();
   const Survey survey = memory.survey(options);
   for (std::uint64_t page = 0; page < gone; ++page)
-    EXPECT_FALSE(survey.zeroed.contains(PageNumber(page))) << page;
+    EXPECT_FALSE(survey.zeroed().contains(PageNumber(page))) << page;
 }
 
 TEST_P(InaccessibleMemory, IsNotDiedOfInADiscard) {
@@ -313,13 +313,13 @@ TEST_P(InaccessibleContent, IsNotDiedOf) {
         *MemoryMap::make({*Region::adopt(GuestAddress(0), {own, size, Backing::anonymous, -1, 0})}));
     SurveyOptions options;
     options.content_check.emplace();
-    EXPECT_EQ(memory.survey(options).zeroed.page_count(), size / page_size);
+    EXPECT_EQ(memory.survey(options).zeroed().page_count(), size / page_size);
     options.content_check->parallel_tasks = 1;
     options.content_check->executor = [&](const std::function<void()>&) {
       EXPECT_EQ(mprotect(static_cast<std::byte*>(own) + size / 2, page_size, PROT_NONE), 0);
     };
     const Survey survey = memory.survey(options);
-    EXPECT_FALSE(survey.zeroed.contains(PageNumber(size / 2 / page_size)));
+    EXPECT_FALSE(survey.zeroed().contains(PageNumber(size / 2 / page_size)));
     ASSERT_TRUE(survey.regions.front().content);
     const auto& error = survey.regions.front().content->error;
     ASSERT_TRUE(error);

@@ -175,7 +175,7 @@ std::string difference(const std::vector<Made>& made, const Survey& outside, con
             to_string(is.evidence) + " " + std::to_string(is.touched_pages) +
             (is.error ? ", " + is.error->message() : "") + "\n";
   }
-  if (said.empty() && (outside.zeroed.page_count() != inside.zeroed.page_count())) said = "the answers differ";
+  if (said.empty() && (outside.zeroed().page_count() != inside.zeroed().page_count())) said = "the answers differ";
   return said;
 }
 
@@ -251,7 +251,7 @@ TEST_P(Jailed, ProcessThatDidNotSaysWhatItMisses) {
                   said += made[i].name + ": " + (report.error ? report.error->message() : "no error") + "\n";
                 if (made[i].name == "anonymous" && is_known) said += "anonymous memory is known\n";
               }
-              if (!inside.zeroed.empty()) said += "pages are reported\n";
+              if (!inside.zeroed().empty()) said += "pages are reported\n";
               return said;
             }),
             "");
@@ -272,7 +272,7 @@ TEST_P(Jailed, ProcessMayAdoptMemoryIfItOpenedTheBooks) {
               GuestMemory memory(*MemoryMap::make({*region}));
               if (!memory.write_value(GuestAddress(0), std::uint64_t{1})) return "write";
               const Survey survey = memory.survey();
-              if (survey.touched.contains(PageNumber(0)) && !survey.zeroed.empty()) return "";
+              if (survey.touched.contains(PageNumber(0)) && !survey.zeroed().empty()) return "";
               return survey.regions[0].error ? survey.regions[0].error->message() : "wrong answer";
             }),
             "");
@@ -302,7 +302,8 @@ TEST_P(Jailed, ChildDoesNotGoByTheBooksOfItsParent) {
                       if (auto refused = go_into(GetParam(), folder.path()); !refused.empty()) return refused;
                       if (auto refused = write_to(memory, made, 6); !refused.empty()) return refused;
                       const Survey blind = memory.survey();
-                      if (!blind.zeroed.empty() || !blind.regions[0].error) return "a jailed child finds something out";
+                      if (!blind.zeroed().empty() || !blind.regions[0].error)
+                        return "a jailed child finds something out";
                       return "";
                     });
                     !said.empty())
@@ -397,7 +398,7 @@ TEST(Jail, WhereRegistrationsAreRefusedKnowsWhoHoldsMemory) {
                     if (ioctl(holder.number(), UFFDIO_REGISTER, &request) != 0) return "UFFDIO_REGISTER";
                   }
                   if (!refuse_registrations(error)) return "seccomp";
-                  return memory.survey().zeroed.empty() ? "" : "pages that a handler has yet to fill are reported";
+                  return memory.survey().zeroed().empty() ? "" : "pages that a handler has yet to fill are reported";
                 }),
                 "")
           << "errno " << error << (has_books ? ", with books" : "");
@@ -423,7 +424,7 @@ TEST(Jail, WithoutARoomForDescriptorsIsServedByThoseThatAreOpen) {
               const Survey blind = memory.survey();
               // UBSan takes a pipe to look at objects of a type that it has yet to meet, as when the regions end.
               if (setrlimit(RLIMIT_NOFILE, &room) != 0) return "setrlimit";
-              if (!blind.zeroed.empty()) return "pages are reported";
+              if (!blind.zeroed().empty()) return "pages are reported";
               if (!blind.regions[0].error || blind.regions[0].error->os_error != EMFILE) return "not told why";
               return "";
             }),
@@ -456,7 +457,7 @@ TEST(Jail, ThatClosesAllDescriptorsIsNoticed) {
               if (taken < 0) return "the books have no pagemap";
               if (auto said = go_into(Jail::complete, folder.path()); !said.empty()) return said;
               const Survey survey = memory.survey();
-              if (!survey.zeroed.empty()) return "pages are reported";
+              if (!survey.zeroed().empty()) return "pages are reported";
               if (!survey.regions[0].error) return "no error";
               // It is not theirs to close any more.
               {

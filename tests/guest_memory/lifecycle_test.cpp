@@ -234,10 +234,10 @@ protected:
   void expect_zeroed(const PageSet& zeroed) const {
     const Survey survey = memory.survey();
     if (has_evidence)
-      EXPECT_EQ(text(survey.zeroed), text(zeroed))
+      EXPECT_EQ(text(survey.zeroed()), text(zeroed))
           << (survey.regions[0].error ? survey.regions[0].error->message() : to_string(survey.regions[0].evidence));
     else
-      EXPECT_TRUE(survey.zeroed.empty());
+      EXPECT_TRUE(survey.zeroed().empty());
   }
 
   std::optional<test::HugePagePool> pool;
@@ -463,16 +463,16 @@ TEST_P(LifecycleOf, APluggedRegionShowsInTheNextSurveyAndAnUnpluggedOneDoesNot) 
   ASSERT_TRUE(memory.add_region(plugged));
   ASSERT_TRUE(memory.write_value(far, std::uint64_t{1}));
   Survey survey = memory.survey();
-  PageSet zeroed = before.zeroed;
+  PageSet zeroed = before.zeroed();
   zeroed.add(pages((1 << 20) + 1, 255));
-  EXPECT_EQ(text(survey.zeroed), text(zeroed));
+  EXPECT_EQ(text(survey.zeroed()), text(zeroed));
   ASSERT_TRUE(memory.remove_region(region->start()));
-  EXPECT_EQ(text(memory.survey().zeroed), text(PageSet(pages((1 << 20) + 1, 255))));
+  EXPECT_EQ(text(memory.survey().zeroed()), text(PageSet(pages((1 << 20) + 1, 255))));
   ASSERT_TRUE(memory.remove_region(far));
   EXPECT_TRUE(memory.survey().ram.empty());
   // It comes back as it was.
   ASSERT_TRUE(memory.add_region(*region));
-  EXPECT_EQ(text(memory.survey().zeroed), text(before.zeroed));
+  EXPECT_EQ(text(memory.survey().zeroed()), text(before.zeroed()));
 }
 
 // Whichever comes first: a region that is gone is in nobody's hands, and can be watched anew when it comes back.
@@ -515,7 +515,7 @@ TEST(Lifecycle, ADiscardCrossesRegionsAndTakesMarksBack) {
   memory.mark_touched(pages(199, 2), Toucher::device);
   memory.mark_touched(pages(310, 1), Toucher::host);
   EXPECT_EQ(*memory.discard(pages(200, 100)), (Discarded{.freed_pages = 100}));
-  EXPECT_EQ(text(memory.survey().zeroed), text(PageSet(pages(200, 100))));
+  EXPECT_EQ(text(memory.survey().zeroed()), text(PageSet(pages(200, 100))));
   PageSet marked(pages(199, 1));
   marked.add(pages(310, 1));
   EXPECT_EQ(text(memory.marks().pages()), text(marked));
@@ -550,7 +550,7 @@ TEST(Lifecycle, WhatIsNoRamIsRefusedBeforeAnythingIsDone) {
   EXPECT_EQ(memory.reset().error().code, MemoryErrc::unavailable);
   EXPECT_EQ(text(data_in(ram)), text(PageSet(ram.pages())));
   EXPECT_EQ(*memory.reset(pages(512, 10'000)), (Discarded{.freed_pages = 256}));
-  EXPECT_EQ(text(memory.survey().zeroed), text(PageSet(ram.pages())));
+  EXPECT_EQ(text(memory.survey().zeroed()), text(PageSet(ram.pages())));
   EXPECT_TRUE(data_in(ram).empty());
   EXPECT_EQ(text(data_in(rom)), text(PageSet(rom.pages())));
   EXPECT_EQ(text(data_in(unknown)), text(PageSet(unknown.pages())));
@@ -652,7 +652,7 @@ TEST_F(RestoredSnapshot, ScatteredDiscardsDoNotUseUpTheMappingsOfTheProcess) {
   // And all at once: a single mapping again.
   ASSERT_TRUE(memory.reset());
   EXPECT_EQ(mappings_in(region), 1U);
-  EXPECT_EQ(text(memory.survey().zeroed), text(PageSet(region.pages())));
+  EXPECT_EQ(text(memory.survey().zeroed()), text(PageSet(region.pages())));
   EXPECT_TRUE(data_in(region).empty());
 }
 
@@ -715,7 +715,7 @@ TEST_F(RestoredSnapshot, IsDiscardedAndWrittenDuringSurveys) {
   for (int survey = 0; unsound.empty() && (survey < 200 || rounds < 500); ++survey) {
     for (std::uint64_t page = 0; page < count; ++page)
       before[page] = versions[page];
-    const PageSet zeroed = memory.survey().zeroed;
+    const PageSet zeroed = memory.survey().zeroed();
     for (std::uint64_t page = 0; page < count; ++page)
       if (before[page] % 2 == 0 && versions[page] == before[page]) {
         ++checked;

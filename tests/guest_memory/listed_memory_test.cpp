@@ -211,8 +211,8 @@ std::uint64_t written_pages(Backing backing) {
 TEST_P(ListedMemory, IsAnsweredAsByTheWholeList) {
   const Survey survey = memory.survey();
   const Survey by_the_whole = memory.survey({.leave_out = {}, .source = EvidenceSource::legacy});
-  EXPECT_EQ(survey.zeroed.page_count(), bytes / page_size - written_pages(backing()));
-  EXPECT_EQ(survey.zeroed, by_the_whole.zeroed);
+  EXPECT_EQ(survey.zeroed().page_count(), bytes / page_size - written_pages(backing()));
+  EXPECT_EQ(survey.zeroed(), by_the_whole.zeroed());
   EXPECT_FALSE(is_held()) << "the survey's own registration stays behind";
 }
 
@@ -230,12 +230,12 @@ TEST_P(ListedMemory, IsNotAnsweredWhereAnotherHoldsIt) {
         continue;
       }
       const Survey survey = memory.survey();
-      EXPECT_TRUE(survey.zeroed.empty()) << "mode " << mode << ", " << at - host;
+      EXPECT_TRUE(survey.zeroed().empty()) << "mode " << mode << ", " << at - host;
       ASSERT_TRUE(survey.regions[0].error);
       EXPECT_EQ(survey.regions[0].error->code, MemoryErrc::wrong_nature);
       EXPECT_TRUE(is_held()) << "the survey took the memory from who holds it";
     }
-  EXPECT_EQ(memory.survey().zeroed.page_count(), bytes / page_size - written_pages(backing()));
+  EXPECT_EQ(memory.survey().zeroed().page_count(), bytes / page_size - written_pages(backing()));
 }
 
 // Write protection leaves pages that nobody touched as zero as they were.
@@ -246,8 +246,8 @@ TEST_P(ListedMemory, IsAnsweredWhereAnotherWatchesItsWrites) {
     GTEST_SKIP() << "this memory, or kernel, has no write protection by userfaultfd: " << std::strerror(refused);
   const Survey survey = memory.survey();
   // Of the pool's pages, the survey needs a registration of its own.
-  if (!is_huge()) EXPECT_EQ(survey.zeroed.page_count(), bytes / page_size - 1);
-  EXPECT_FALSE(survey.zeroed.contains(PageNumber(0)));
+  if (!is_huge()) EXPECT_EQ(survey.zeroed().page_count(), bytes / page_size - 1);
+  EXPECT_FALSE(survey.zeroed().contains(PageNumber(0)));
   EXPECT_TRUE(is_held());
 }
 
@@ -258,7 +258,7 @@ TEST_P(ListedMemory, IsNotAnsweredWhereAnotherFileIsMappedOverIt) {
   ASSERT_EQ(mmap(at, huge, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED | MAP_NORESERVE, other.number(), 0), at)
       << std::strerror(errno);
   const Survey survey = memory.survey();
-  EXPECT_TRUE(survey.zeroed.empty());
+  EXPECT_TRUE(survey.zeroed().empty());
   ASSERT_TRUE(survey.regions[0].error);
   EXPECT_EQ(survey.regions[0].error->code, MemoryErrc::wrong_nature);
 }
@@ -268,12 +268,12 @@ TEST_P(OwnListedMemory, IsAnsweredWhereItsGuardPagesAreGone) {
   auto* const behind = static_cast<char*>(region->host_address()) + bytes;
   // So that what is behind it can be registered as the memory can.
   ASSERT_EQ(mmap(behind, page_size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0), behind);
-  EXPECT_EQ(memory.survey().zeroed.page_count(), bytes / page_size - written_pages(backing()));
+  EXPECT_EQ(memory.survey().zeroed().page_count(), bytes / page_size - written_pages(backing()));
   EXPECT_FALSE(is_held()) << "the survey's own registration stays behind";
   // With a userfaultfd that stays open.
   const auto books = KernelBooks::open();
   ASSERT_TRUE(books) << books.error().message();
-  EXPECT_EQ(memory.survey().zeroed.page_count(), bytes / page_size - written_pages(backing()));
+  EXPECT_EQ(memory.survey().zeroed().page_count(), bytes / page_size - written_pages(backing()));
   EXPECT_FALSE(is_held()) << "the survey's own registration stays behind";
 }
 

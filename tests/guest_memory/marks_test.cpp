@@ -70,7 +70,7 @@ TEST_F(MarksInRam, AreAsTheyWereMade) {
   EXPECT_EQ(survey.touchers, expected);
   memory.clear_marks(pages(0, all_pages));
   EXPECT_TRUE(memory.marks().empty());
-  EXPECT_EQ(memory.survey().zeroed.page_count(), count);
+  EXPECT_EQ(memory.survey().zeroed().page_count(), count);
 }
 
 TEST_F(MarksInRam, OfAllMemoryComeApartWhereSomeAreTakenBack) {
@@ -93,7 +93,7 @@ TEST_F(MarksInRam, OfAllMemoryComeApartWhereSomeAreTakenBack) {
   PageSet zeroed = expected.pages();
   PageSet ram(pages(first, count));
   ram.remove(zeroed);
-  EXPECT_EQ(memory.survey().zeroed, ram);
+  EXPECT_EQ(memory.survey().zeroed(), ram);
 }
 
 TEST_F(MarksInRam, OfSeveralThreadsAreAllThere) {
@@ -169,7 +169,7 @@ TEST_F(MarksInRam, MadeDuringADiscardStay) {
     memory.mark_touched(page, Toucher::device);
     discarding.join();
     ASSERT_EQ(memory.marks().pages(), PageSet(page)) << round;
-    ASSERT_FALSE(memory.survey().zeroed.contains(page.first())) << round;
+    ASSERT_FALSE(memory.survey().zeroed().contains(page.first())) << round;
     memory.clear_marks(some);
   }
 }
@@ -210,7 +210,7 @@ TEST_F(MarksInRam, AreNotMissedDuringADiscard) {
   for (int i = 0; i < discards; ++i) {
     asked_for.release();
     do {
-      EXPECT_FALSE(memory.survey().zeroed.intersects(pages(first, 64)));
+      EXPECT_FALSE(memory.survey().zeroed().intersects(pages(first, 64)));
       EXPECT_EQ(memory.marks().pages(), marked);
     } while (done <= i);
   }
@@ -293,7 +293,7 @@ TEST(MarksOfAnyMap, WhereRamComesAndGoesTakeNoMoreMemory) {
     const GuestAddress start(place * leaf * page_size);
     ASSERT_TRUE(memory.add_region(*Region::anonymous(start, 16 * page_size)));
     memory.mark_touched(pages(place * leaf + 3, 1), Toucher::device);
-    EXPECT_FALSE(memory.survey().zeroed.contains(PageNumber(place * leaf + 3)));
+    EXPECT_FALSE(memory.survey().zeroed().contains(PageNumber(place * leaf + 3)));
     ASSERT_TRUE(memory.remove_region(start));
   }
   EXPECT_LT(test::heap_now(), before + (std::size_t{8} << 20));

@@ -131,7 +131,7 @@ protected:
     return byte;
   }
   void expect_reported_pages_read_zero() const {
-    const PageSet zeroed = memory.survey().zeroed;
+    const PageSet zeroed = memory.survey().zeroed();
     std::uint64_t unreadable = 0;
     for (std::uint64_t page = 0; page < count; ++page)
       if (zeroed.contains(PageNumber(page)) && byte_of(page) != 0) ++unreadable;
@@ -201,7 +201,7 @@ TEST_P(MemoryErrorOf, IsNotReportedBehindAWriteWatch) {
                                             {.baseline = Baseline::promise, .written_through_this_mapping_only = true});
   ASSERT_TRUE(armed) << armed.error().message();
   expect_reported_pages_read_zero();
-  EXPECT_FALSE(memory.survey().zeroed.contains(PageNumber(700)));
+  EXPECT_FALSE(memory.survey().zeroed().contains(PageNumber(700)));
 }
 
 } // namespace

@@ -76,7 +76,7 @@ TEST_P(OutOfMemory, AWatchThatCouldNotBeArmedLeavesNothingBehind) {
     static_cast<void>(memory.arm_write_watch(GuestAddress(0), promise));
     memory.disarm_write_watch(GuestAddress(0));
   });
-  EXPECT_FALSE(memory.survey(options()).zeroed.contains(PageNumber(5)));
+  EXPECT_FALSE(memory.survey(options()).zeroed().contains(PageNumber(5)));
 }
 
 TEST_P(OutOfMemory, ARegionThatCouldNotBeMadeLeavesNothingBehind) {
@@ -104,7 +104,7 @@ TEST(OutOfMemoryMarks, AreNotLost) {
     const TouchedMap marks = memory.marks();
     EXPECT_TRUE(marks.at(PageNumber(5)).has(Toucher::device)) << allowed;
     EXPECT_TRUE(marks.pages().contains(pages(leaf + 5, 2 * leaf))) << allowed;
-    EXPECT_FALSE(memory.survey().zeroed.contains(PageNumber(5))) << allowed;
+    EXPECT_FALSE(memory.survey().zeroed().contains(PageNumber(5))) << allowed;
     EXPECT_EQ(allowed < 4, marks.pages().contains(pages(3 * leaf, leaf))) << allowed;
     memory.clear_marks(pages(0, 4 * leaf));
     EXPECT_TRUE(memory.survey().touched.empty()) << allowed;

@@ -283,13 +283,13 @@ TEST(OwnUserfaultfd, ThatFillsMemoryMakesAllOfItTouched) {
   const Region anonymous = *Region::anonymous(GuestAddress(0), bytes);
   Holder missing(anonymous);
   ASSERT_EQ(missing.hold(0, UFFDIO_REGISTER_MODE_MISSING), 0);
-  EXPECT_TRUE(GuestMemory(*MemoryMap::make({anonymous})).survey().zeroed.empty());
+  EXPECT_TRUE(GuestMemory(*MemoryMap::make({anonymous})).survey().zeroed().empty());
 
   const Region shared = *Region::memfd(GuestAddress(0), bytes);
   Holder minor(shared);
   if (const int refused = minor.hold(minor_shmem, UFFDIO_REGISTER_MODE_MINOR))
     GTEST_SKIP() << "minor faults of shared memory (Linux 5.14): errno " << refused;
-  EXPECT_TRUE(GuestMemory(*MemoryMap::make({shared})).survey().zeroed.empty());
+  EXPECT_TRUE(GuestMemory(*MemoryMap::make({shared})).survey().zeroed().empty());
 }
 
 // Without markers: what is absent stays so, and counts as untouched, to whoever asks.
@@ -350,7 +350,7 @@ TEST(OwnUserfaultfd, OverHugePagesMakesWhatItProtectsTouched) {
     Holder holder(*region);
     ASSERT_EQ(holder.hold(features, UFFDIO_REGISTER_MODE_WP, 4 * huge), 0);
     const Survey survey = memory.survey();
-    EXPECT_TRUE(survey.zeroed.empty()) << to_string(backing);
+    EXPECT_TRUE(survey.zeroed().empty()) << to_string(backing);
     ASSERT_TRUE(survey.regions[0].error) << to_string(backing);
     EXPECT_EQ(survey.regions[0].error->os_error, EBUSY) << survey.regions[0].error->message();
   }

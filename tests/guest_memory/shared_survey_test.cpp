@@ -58,10 +58,10 @@ TEST_F(SharedSurvey, NeverReportsWhatWasWrittenBeforeTheCall) {
       for (std::uint64_t call = 0; call < calls; ++call) {
         ASSERT_TRUE(memory.write_value(own.start_address(), call + 1));
         const Survey survey = memory.survey(options);
-        ASSERT_FALSE(survey.zeroed.intersects(own)) << "thread " << i << ", call " << call;
-        ASSERT_FALSE(survey.zeroed.intersects(options.leave_out.ranges().front()));
+        ASSERT_FALSE(survey.zeroed().intersects(own)) << "thread " << i << ", call " << call;
+        ASSERT_FALSE(survey.zeroed().intersects(options.leave_out.ranges().front()));
         PageSet missing = others;
-        missing.remove(survey.zeroed);
+        missing.remove(survey.zeroed());
         ASSERT_TRUE(missing.empty());
         ASSERT_TRUE(memory.discard(own));
       }
@@ -82,7 +82,7 @@ protected:
                                               return MemoryResult<void>();
                                             },
                                         .by = Toucher::guest}));
-    occupying = std::jthread([this] { EXPECT_EQ(memory.survey().zeroed.page_count(), count); });
+    occupying = std::jthread([this] { EXPECT_EQ(memory.survey().zeroed().page_count(), count); });
     is_inside.wait();
   }
   void TearDown() override {
@@ -100,7 +100,7 @@ protected:
 };
 
 void expect_nothing_known(const Survey& survey) {
-  EXPECT_TRUE(survey.zeroed.empty());
+  EXPECT_TRUE(survey.zeroed().empty());
   EXPECT_EQ(survey.touched, survey.ram);
   EXPECT_EQ(survey.ram.page_count(), 2048U);
   ASSERT_FALSE(survey.regions.empty());
@@ -122,7 +122,7 @@ TEST_F(OccupiedSurvey, IsNotWaitedForByOneThatIsStopped) {
 
 TEST_F(OccupiedSurvey, IsNotSharedByWhoAskedSince) {
   ASSERT_TRUE(memory.write_value(GuestAddress(0), 1));
-  std::jthread asking([&] { EXPECT_EQ(memory.survey().zeroed, PageSet(pages(1, count - 1))); });
+  std::jthread asking([&] { EXPECT_EQ(memory.survey().zeroed(), PageSet(pages(1, count - 1))); });
   let_go();
   asking.join();
   EXPECT_EQ(collected, 2);
@@ -134,7 +134,7 @@ TEST_F(SharedSurvey, ThatIsToStopAtOnceKnowsNothing) {
   expect_nothing_known(memory.survey({.stop = stop.get_token()}));
   expect_nothing_known(memory.survey({.max_time = std::chrono::nanoseconds(0)}));
   expect_nothing_known(memory.survey({.max_time = std::chrono::nanoseconds::min()}));
-  EXPECT_EQ(memory.survey({.max_time = std::chrono::hours(1)}).zeroed.page_count(), count);
+  EXPECT_EQ(memory.survey({.max_time = std::chrono::hours(1)}).zeroed().page_count(), count);
 }
 
 TEST_F(SharedSurvey, ThatIsStoppedDuringALookAtContentReadsNoMore) {
@@ -147,7 +147,7 @@ TEST_F(SharedSurvey, ThatIsStoppedDuringALookAtContentReadsNoMore) {
   options.content_check =
       ContentCheckOptions{.executor = [&](const auto&) { stop.request_stop(); }, .parallel_tasks = 1};
   const Survey survey = memory.survey(options);
-  EXPECT_EQ(survey.zeroed, PageSet(pages(0, count)));
+  EXPECT_EQ(survey.zeroed(), PageSet(pages(0, count)));
   ASSERT_TRUE(survey.regions.back().content);
   EXPECT_EQ(survey.regions.back().content->checked_pages, 0U);
   EXPECT_EQ(survey.regions.back().content->unchecked_pages, large);
@@ -211,24 +211,24 @@ TEST_P(StoppedSurveyOf, ReportsNothingThatItDoesNotKnow) {
     SurveyOptions some = options();
     some.max_time = whole.cost * i / parts;
     const Survey survey = memory.survey(some);
-    PageSet unknown = survey.zeroed;
-    unknown.remove(whole.zeroed);
+    PageSet unknown = survey.zeroed();
+    unknown.remove(whole.zeroed());
     ASSERT_TRUE(unknown.empty()) << i;
-    PageSet both = survey.zeroed;
+    PageSet both = survey.zeroed();
     both.add(survey.touched);
     ASSERT_EQ(both, survey.ram) << i;
     for (const RegionSurvey& region : survey.regions)
       if (region.error) {
         ASSERT_EQ(region.error->code, MemoryErrc::stopped) << region.error->message();
-        ASSERT_FALSE(survey.zeroed.intersects(region.pages)) << i;
+        ASSERT_FALSE(survey.zeroed().intersects(region.pages)) << i;
       }
     if (i == 0) {
-      ASSERT_TRUE(survey.zeroed.empty());
+      ASSERT_TRUE(survey.zeroed().empty());
     }
   }
   SurveyOptions all = options();
   all.max_time = std::chrono::hours(1);
-  EXPECT_EQ(memory.survey(all).zeroed, whole.zeroed);
+  EXPECT_EQ(memory.survey(all).zeroed(), whole.zeroed());
 }
 
 } // namespace

@@ -95,12 +95,12 @@ TEST_F(SmallPages, AreNotBelievedInWhereAHugePageIsSeen) {
   ASSERT_EQ(advise(MADV_HUGEPAGE), 0);
   store(huge_pages);
   const Survey survey = memory.survey();
-  EXPECT_TRUE(survey.zeroed.empty());
+  EXPECT_TRUE(survey.zeroed().empty());
   ASSERT_TRUE(survey.regions[0].error);
   EXPECT_EQ(survey.regions[0].error->code, MemoryErrc::unavailable);
   // Who says so gets an answer again.
   ASSERT_TRUE(region.set_huge_pages(HugePages::preferred));
-  EXPECT_EQ(memory.survey().zeroed.page_count(), bytes / page_size - 1 - huge_pages);
+  EXPECT_EQ(memory.survey().zeroed().page_count(), bytes / page_size - 1 - huge_pages);
 }
 
 // What the argument rests on: the kernel makes no huge pages of such memory.

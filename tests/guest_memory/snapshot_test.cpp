@@ -107,7 +107,7 @@ TEST_P(Snapshot, IsReadAsFarAsIsAllowed) {
   const auto none = adopt(Backing::private_file, files.file.number(), {.max_bytes = 0});
   ASSERT_TRUE(none) << none.error().message();
   const Survey nothing = GuestMemory(*MemoryMap::make({*none})).survey();
-  EXPECT_TRUE(nothing.zeroed.empty());
+  EXPECT_TRUE(nothing.zeroed().empty());
   EXPECT_EQ(nothing.regions[0].evidence, Evidence::none);
   EXPECT_TRUE(nothing.regions[0].error);
 }
@@ -136,7 +136,7 @@ TEST_P(Snapshot, IsNotTakenForAnotherFile) {
   ASSERT_TRUE(region) << region.error().message();
   const GuestMemory memory(*MemoryMap::make({*region}));
   ASSERT_NE(mmap(own, page_size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_FIXED, files.other.number(), 0), MAP_FAILED);
-  EXPECT_TRUE(memory.survey().zeroed.empty());
+  EXPECT_TRUE(memory.survey().zeroed().empty());
 }
 
 TEST_P(Snapshot, ProvesNothingWhereOthersMayWriteIt) {

@@ -56,14 +56,14 @@ protected:
 
 TEST_F(ScatteredOverRegions, TheLargestRangesOfAllAreKept) {
   const Survey survey = memory.survey();
-  EXPECT_LE(survey.zeroed.range_count(), most);
+  EXPECT_LE(survey.zeroed().range_count(), most);
   EXPECT_LE(survey.touched.range_count(), most + 1);
-  EXPECT_EQ(survey.zeroed.largest(255), zero.largest(255));
+  EXPECT_EQ(survey.zeroed().largest(255), zero.largest(255));
   PageSet missing = touched;
   missing.remove(survey.touched);
   EXPECT_TRUE(missing.empty());
   PageSet both = survey.touched;
-  both.add(survey.zeroed);
+  both.add(survey.zeroed());
   EXPECT_EQ(both, survey.ram);
 }
 
@@ -71,14 +71,14 @@ TEST_F(ScatteredOverRegions, EachRegionSaysWhatWasGivenUp) {
   const Survey survey = memory.survey();
   std::uint64_t given_up = 0;
   for (const RegionSurvey& region : survey.regions) {
-    PageSet kept = survey.zeroed;
+    PageSet kept = survey.zeroed();
     kept.intersect(region.pages);
     EXPECT_EQ(region.zeroed_pages, kept.page_count());
     EXPECT_EQ(region.touched_pages + region.given_up_pages + region.zeroed_pages, region_pages);
     given_up += region.given_up_pages;
   }
   EXPECT_GT(given_up, 0U);
-  EXPECT_EQ(survey.zeroed.page_count() + given_up, zero.page_count());
+  EXPECT_EQ(survey.zeroed().page_count() + given_up, zero.page_count());
 }
 
 /// The same, with marks in place of all stores, or of every other one.
@@ -102,21 +102,21 @@ INSTANTIATE_TEST_SUITE_P(Marks, MarkedOverRegions, testing::Values(true, false),
 
 TEST_P(MarkedOverRegions, TheLargestRangesOfAllAreKept) {
   const Survey survey = memory.survey();
-  EXPECT_LE(survey.zeroed.range_count(), most);
+  EXPECT_LE(survey.zeroed().range_count(), most);
   EXPECT_LE(survey.touched.range_count(), most + 1);
   EXPECT_LE(survey.touchers.entry_count(), most);
-  EXPECT_EQ(survey.zeroed.largest(255), zero.largest(255));
+  EXPECT_EQ(survey.zeroed().largest(255), zero.largest(255));
   PageSet missing = touched;
   missing.remove(survey.touched);
   EXPECT_TRUE(missing.empty());
   PageSet both = survey.touched;
-  both.add(survey.zeroed);
+  both.add(survey.zeroed());
   EXPECT_EQ(both, survey.ram);
   std::uint64_t given_up = 0;
   for (const RegionSurvey& region : survey.regions)
     given_up += region.given_up_pages;
   EXPECT_GT(given_up, 0U);
-  EXPECT_EQ(survey.zeroed.page_count() + given_up, zero.page_count());
+  EXPECT_EQ(survey.zeroed().page_count() + given_up, zero.page_count());
 }
 
 /// As much RAM as is marked here, none of it touched.
@@ -148,13 +148,13 @@ TEST_F(Marks, OfTooManyNeighboursAreJoinedAndNoneIsLost) {
   EXPECT_EQ(survey.touched, marked);
   EXPECT_EQ(survey.touchers.pages(), marked);
   // What is behind the last one is larger than any gap.
-  EXPECT_EQ(survey.zeroed.largest(1).front().end(), PageNumber(all));
+  EXPECT_EQ(survey.zeroed().largest(1).front().end(), PageNumber(all));
   EXPECT_FALSE(kept.at(PageNumber(0)).empty());
   EXPECT_TRUE(kept.at(PageNumber(0)).has(Toucher::device));
 
   memory.clear_marks(pages(0, all));
   EXPECT_TRUE(memory.marks().empty());
-  EXPECT_EQ(memory.survey().zeroed.page_count(), all);
+  EXPECT_EQ(memory.survey().zeroed().page_count(), all);
 }
 
 TEST_F(Marks, AreBoundedWhereTheyAreTakenBackToo) {

@@ -94,12 +94,12 @@ protected:
 
   /// Every page of `survey` that counts as zeroed is among `at_most`, and the survey is one of all the RAM.
   static void expect_conservative(const Survey& survey, const PageSet& at_most) {
-    PageSet more = survey.zeroed;
+    PageSet more = survey.zeroed();
     more.remove(at_most);
     EXPECT_TRUE(more.empty()) << more.page_count() << " pages that a survey without failures does not report";
     PageSet rest = survey.ram;
     rest.remove(survey.touched);
-    EXPECT_EQ(survey.zeroed, rest);
+    EXPECT_EQ(survey.zeroed(), rest);
   }
 
   [[nodiscard]] PageSet without_data() const {
@@ -146,12 +146,12 @@ TEST_P(SurveyCalls, EachMayFail) {
   if (beside() == Beside::content || beside() == Beside::watch_and_content) asked.content_check.emplace();
 
   const Survey clean = memory.survey(asked);
-  PageSet unsound = clean.zeroed;
+  PageSet unsound = clean.zeroed();
   unsound.intersect(data());
   ASSERT_TRUE(unsound.empty());
   Survey survey;
   const std::size_t faults = test::fail_each_system_call(
-      {.work = [&] { survey = memory.survey(asked); }, .check = [&] { expect_conservative(survey, clean.zeroed); }});
+      {.work = [&] { survey = memory.survey(asked); }, .check = [&] { expect_conservative(survey, clean.zeroed()); }});
   RecordProperty("faults", static_cast<int>(faults));
   EXPECT_GT(faults, 0U);
   EXPECT_EQ(memory.survey(asked).touched, clean.touched);
@@ -186,7 +186,7 @@ TEST_F(HugeSurveyCalls, ARefusedWaitLeavesNoEvidence) {
   work();
   const std::vector<test::SystemCall> calls = test::record_system_calls(work);
   ASSERT_NE(survey.regions[0].evidence, Evidence::none);
-  EXPECT_EQ(survey.zeroed, PageSet(pages(count / 2, count / 2)));
+  EXPECT_EQ(survey.zeroed(), PageSet(pages(count / 2, count / 2)));
   const auto wait = std::ranges::find(calls, SYS_membarrier, &test::SystemCall::number);
   ASSERT_NE(wait, calls.end());
   const auto at = static_cast<std::size_t>(wait - calls.begin());
@@ -195,7 +195,7 @@ TEST_F(HugeSurveyCalls, ARefusedWaitLeavesNoEvidence) {
     const auto& faults = test::faults_of(*wait)->faults;
     if (which == faults.size()) return; // the end of them
     EXPECT_EQ(survey.regions[0].evidence, Evidence::none);
-    EXPECT_TRUE(survey.zeroed.empty());
+    EXPECT_TRUE(survey.zeroed().empty());
     ASSERT_TRUE(survey.regions[0].error);
     EXPECT_EQ(survey.regions[0].error->code, MemoryErrc::os);
     EXPECT_EQ(survey.regions[0].error->os_error, faults[which].error);
@@ -235,11 +235,11 @@ protected:
 
   /// What was not discarded is as it was, and of the others only what is zero is reported, whatever the call said.
   void expect_discarded(bool done, const PageSet& discarded) {
-    const Survey survey = memory.survey(options());
+    const PageSet zeroed = memory.survey(options()).zeroed();
     for (const std::uint64_t page : {std::uint64_t{5}, count / 2, count - 8}) {
       if (is_huge() && page != 5) continue;
       const bool is_discarded = discarded.contains(PageNumber(page));
-      if (survey.zeroed.contains(PageNumber(page)) || (done && is_discarded)) {
+      if (zeroed.contains(PageNumber(page)) || (done && is_discarded)) {
         EXPECT_EQ(at(page), 0) << page;
       }
       if (!is_discarded) {

@@ -183,7 +183,7 @@ TEST_P(SnapshotOnDemand, DoesNotComeBackAfterADiscard) {
   EXPECT_EQ(byte_of(5), SnapshotHandler::snapshot_byte);
   // It has been told before it filled those.
   EXPECT_EQ(handler.removals(), 1U);
-  EXPECT_TRUE(memory.survey().zeroed.empty());
+  EXPECT_TRUE(memory.survey().zeroed().empty());
 }
 
 // Of locked memory the kernel removes nothing that way, and a hole punched through the file is told to nobody.

@@ -68,7 +68,7 @@ protected:
     *host(0x110) = std::byte{1};
     *(host(0x4FF) + page_size - 1) = std::byte{1};
     memory.replace(*MemoryMap::make({*region}));
-    ASSERT_TRUE(memory.survey().zeroed.empty());
+    ASSERT_TRUE(memory.survey().zeroed().empty());
   }
   void TearDown() override {
     memory.replace({});
@@ -89,7 +89,7 @@ protected:
     const Survey survey = memory.survey();
     EXPECT_EQ(survey.touched, each(numbers));
     EXPECT_EQ(survey.regions[0].zeroed_pages, region_pages - numbers.size());
-    EXPECT_EQ(survey.zeroed.page_count(), region_pages - numbers.size());
+    EXPECT_EQ(survey.zeroed().page_count(), region_pages - numbers.size());
   }
 
   GuestMemory memory;
@@ -133,7 +133,7 @@ TEST_P(WriteWatchOf, ProvesWhatWasNotWritten) {
   EXPECT_EQ(survey.regions[0].watch->zero_pages, region_pages - 7);
   EXPECT_TRUE(memory.disarm_write_watch(start));
   EXPECT_FALSE(memory.disarm_write_watch(start));
-  EXPECT_TRUE(memory.survey().zeroed.empty());
+  EXPECT_TRUE(memory.survey().zeroed().empty());
 }
 
 TEST_P(WriteWatchOf, BelievesAPromise) {
@@ -157,7 +157,7 @@ TEST_P(WriteWatchOf, KeepsAWrittenPageWhoseEntryIsGone) {
     *host(0x200) = std::byte{1};
   }
   EXPECT_TRUE(memory.survey().touched.contains(PageNumber(0x200)));
-  EXPECT_TRUE(memory.survey().zeroed.contains(PageNumber(0x202)));
+  EXPECT_TRUE(memory.survey().zeroed().contains(PageNumber(0x202)));
 }
 
 TEST_P(WriteWatchOf, SurvivesBeingPagedOut) {
@@ -167,8 +167,8 @@ TEST_P(WriteWatchOf, SurvivesBeingPagedOut) {
   madvise(region->host_address(), bytes, 21 /* MADV_PAGEOUT, Linux 5.4 */);
   const Survey survey = memory.survey();
   for (const std::uint64_t page : {0x110U, 0x200U, 0x4FFU})
-    EXPECT_FALSE(survey.zeroed.contains(PageNumber(page))) << page;
-  EXPECT_EQ(survey.zeroed.page_count(), region_pages - 3);
+    EXPECT_FALSE(survey.zeroed().contains(PageNumber(page))) << page;
+  EXPECT_EQ(survey.zeroed().page_count(), region_pages - 3);
 }
 
 TEST_P(WriteWatchOf, SurvivesALookAtTheContent) {
@@ -198,7 +198,7 @@ TEST_P(WriteWatchOf, IsArmedOnceARegionAndGoesWithIt) {
   EXPECT_EQ(memory.arm_write_watch(GuestAddress(0)).error().code, MemoryErrc::not_backed);
   ASSERT_TRUE(memory.remove_region(start));
   ASSERT_TRUE(memory.add_region(*region));
-  EXPECT_TRUE(memory.survey().zeroed.empty()) << "the watch went with the region";
+  EXPECT_TRUE(memory.survey().zeroed().empty()) << "the watch went with the region";
   ASSERT_TRUE(arm());
   expect_touched({0x110, 0x4FF});
 }
@@ -211,7 +211,7 @@ TEST_P(WriteWatchOf, CountsForNothingWhereTheMemoryIsNoLongerWatched) {
   *static_cast<volatile char*>(other) = 1;
   void* const at = const_cast<std::byte*>(host(0x200));
   ASSERT_EQ(mremap(other, page_size, page_size, MREMAP_MAYMOVE | MREMAP_FIXED, at), at);
-  EXPECT_FALSE(memory.survey().zeroed.contains(PageNumber(0x200)));
+  EXPECT_FALSE(memory.survey().zeroed().contains(PageNumber(0x200)));
 }
 
 TEST_P(WriteWatchOf, CountsForNothingInAForkedChild) {
@@ -219,7 +219,7 @@ TEST_P(WriteWatchOf, CountsForNothingInAForkedChild) {
   const pid_t child = fork();
   if (child == 0) {
     *host(0x300) = std::byte{1};
-    _exit(memory.survey().zeroed.contains(PageNumber(0x300)) ? 1 : 0);
+    _exit(memory.survey().zeroed().contains(PageNumber(0x300)) ? 1 : 0);
   }
   int status = 0;
   ASSERT_EQ(waitpid(child, &status, 0), child);
@@ -255,7 +255,7 @@ TEST_P(WriteWatchOf, EndsWhileASurveyHasIt) {
   }}));
   const Survey survey = memory.survey();
   EXPECT_TRUE(has_ended);
-  EXPECT_FALSE(survey.zeroed.contains(PageNumber(0x120)));
+  EXPECT_FALSE(survey.zeroed().contains(PageNumber(0x120)));
   ASSERT_TRUE(survey.regions[1].watch);
   ASSERT_TRUE(survey.regions[1].watch->error);
   EXPECT_EQ(survey.regions[1].watch->error->code, MemoryErrc::unavailable);
@@ -345,10 +345,10 @@ TEST(WriteWatch, SeesPagesWithinAHugePage) {
   host[7 * page_size] = std::byte{1};
   host[700 * page_size] = std::byte{1};
   const Survey survey = memory.survey();
-  EXPECT_FALSE(survey.zeroed.contains(PageNumber(5)));
-  EXPECT_FALSE(survey.zeroed.contains(PageNumber(7)));
-  EXPECT_FALSE(survey.zeroed.contains(PageNumber(700)));
-  EXPECT_GE(survey.zeroed.page_count(), 510U);
+  EXPECT_FALSE(survey.zeroed().contains(PageNumber(5)));
+  EXPECT_FALSE(survey.zeroed().contains(PageNumber(7)));
+  EXPECT_FALSE(survey.zeroed().contains(PageNumber(700)));
+  EXPECT_GE(survey.zeroed().page_count(), 510U);
 }
 
 class WriteWatchOfHugePages : public test::HugePagesTest {};
@@ -427,7 +427,7 @@ TEST(WriteWatch, MissesNoWriteToAdoptedMemoryWhileItIsArmed) {
     EXPECT_EQ(ioctl(uffd.number(), UFFDIO_COPY, &page), 0);
     writer.join();
     EXPECT_TRUE(armed);
-    EXPECT_EQ(memory.survey().zeroed.page_count(), 0U) << "pages with data";
+    EXPECT_EQ(memory.survey().zeroed().page_count(), 0U) << "pages with data";
   }
   for (std::byte* const one : both)
     munmap(one, bytes);
@@ -491,7 +491,7 @@ TEST_P(WriteLogOf, ThatIsCompleteProvesWhatIsNeitherInItNorRecorded) {
   EXPECT_EQ(survey.regions[0].log->zero_pages, region_pages - 10);
   EXPECT_TRUE(memory.end_write_log());
   EXPECT_FALSE(memory.end_write_log());
-  EXPECT_TRUE(memory.survey().zeroed.empty());
+  EXPECT_TRUE(memory.survey().zeroed().empty());
 }
 
 TEST_P(WriteLogOf, ThatIsNotCompleteOnlyTellsWhoWrote) {
@@ -500,7 +500,7 @@ TEST_P(WriteLogOf, ThatIsNotCompleteOnlyTellsWhoWrote) {
   test.fresh = {0x200};
   ASSERT_TRUE(memory.write_value(GuestAddress(0x300 * page_size), std::uint8_t{0}));
   const Survey survey = memory.survey();
-  EXPECT_TRUE(survey.zeroed.empty());
+  EXPECT_TRUE(survey.zeroed().empty());
   EXPECT_FALSE(survey.regions[0].log);
   EXPECT_EQ(survey.touched_map().at(PageNumber(0x200)), Toucher::guest);
   EXPECT_EQ(survey.touched_map().at(PageNumber(0x300)), Toucher::host);
@@ -511,10 +511,10 @@ TEST_P(WriteLogOf, ThatFailedOnceCountsForNothing) {
   TestLog test;
   ASSERT_TRUE(memory.begin_write_log(test.log(), {.complete = true}));
   test.fails = true;
-  EXPECT_TRUE(memory.survey().zeroed.empty());
+  EXPECT_TRUE(memory.survey().zeroed().empty());
   test.fails = false;
   const Survey survey = memory.survey();
-  EXPECT_TRUE(survey.zeroed.empty()) << "what the failed call took out of the log is lost";
+  EXPECT_TRUE(survey.zeroed().empty()) << "what the failed call took out of the log is lost";
   ASSERT_TRUE(survey.regions[0].log && survey.regions[0].log->error);
   EXPECT_EQ(survey.regions[0].log->error->os_error, EIO);
 }
@@ -527,7 +527,7 @@ TEST_P(WriteLogOf, ThatThrewOnceCountsForNothing) {
   EXPECT_THROW(static_cast<void>(memory.survey()), std::bad_alloc);
   test.throws = false;
   const Survey survey = memory.survey();
-  EXPECT_TRUE(survey.zeroed.empty()) << "what was taken out of the log when it threw is lost";
+  EXPECT_TRUE(survey.zeroed().empty()) << "what was taken out of the log when it threw is lost";
   ASSERT_TRUE(survey.regions[0].log && survey.regions[0].log->error);
 }
 
@@ -556,7 +556,7 @@ TEST_P(WriteLogOf, KnowsNothingOfRegionsThatCameLater) {
   // One that went and came back is such a region as well.
   ASSERT_TRUE(memory.remove_region(start));
   ASSERT_TRUE(memory.add_region(*region));
-  EXPECT_TRUE(memory.survey().zeroed.empty());
+  EXPECT_TRUE(memory.survey().zeroed().empty());
 }
 
 INSTANTIATE_TEST_SUITE_P(All, WriteLogOf, kinds, name_of);
@@ -594,7 +594,7 @@ TEST(WriteLogs, OfOddSizesEndWithTheRegion) {
                                      }},
                                      {.complete = true}));
   const Survey survey = memory.survey();
-  EXPECT_EQ(survey.zeroed, PageSet(pages(0x100, 64)));
+  EXPECT_EQ(survey.zeroed(), PageSet(pages(0x100, 64)));
 }
 
 } // namespace

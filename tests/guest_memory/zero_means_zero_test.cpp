@@ -245,7 +245,7 @@ protected:
   PageSet surveyed(Look look) const {
     SurveyOptions options;
     if (look == Look::content) options.content_check.emplace();
-    return memory.survey(options).zeroed;
+    return memory.survey(options).zeroed();
   }
   /// Twice, for the first has brought in what it read.
   void expect_reported_pages_read_zero(Look look) const {

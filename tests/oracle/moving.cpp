@@ -345,9 +345,10 @@ MovingOutcome run_round(const MovingHost& host, const MovingRound& round, const 
         ++figures.undisturbed;
         if (is_without) ++figures.undisturbed_without;
       }
-      figures.reported_pages += survey.zeroed.page_count();
+      const PageSet zeroed = survey.zeroed();
+      figures.reported_pages += zeroed.page_count();
       PageSet missed(untouched);
-      missed.remove(survey.zeroed);
+      missed.remove(zeroed);
       figures.untouched_pages += untouched.count();
       figures.missed_pages += missed.page_count();
       std::uint64_t wrong = 0;
@@ -355,7 +356,7 @@ MovingOutcome run_round(const MovingHost& host, const MovingRound& round, const 
       for (std::uint32_t block = 0; block < arena.blocks(); ++block) {
         if (!held_data(before[block], after[block])) continue;
         ++figures.checked_pages;
-        if (!survey.zeroed.contains(arena.data_page(block))) continue;
+        if (!zeroed.contains(arena.data_page(block))) continue;
         if (wrong++ == 0) first = block;
       }
       if (wrong == 0) continue;

@@ -121,10 +121,10 @@ std::vector<std::string> contradictions(const Survey& survey, const GuestMemory&
   std::vector<std::string> problems;
   const auto map = memory.snapshot();
   if (survey.ram != map->pages(RegionKind::ram)) problems.emplace_back("survey: its RAM is not the map's");
-  PageSet both = survey.zeroed;
+  PageSet both = survey.zeroed();
   both.intersect(survey.touched);
   if (!both.empty()) problems.emplace_back("survey: pages are zeroed and touched");
-  PageSet rest = survey.zeroed;
+  PageSet rest = survey.zeroed();
   rest.remove(survey.ram);
   if (!rest.empty()) problems.emplace_back("survey: zeroed pages are no RAM");
   rest = survey.touched;
@@ -133,7 +133,11 @@ std::vector<std::string> contradictions(const Survey& survey, const GuestMemory&
   rest = survey.ram;
   rest.remove(survey.touched);
   rest.remove(options.leave_out);
-  if (rest != survey.zeroed) problems.emplace_back("survey: zeroed is not RAM without touched and left out");
+  if (rest != survey.zeroed()) problems.emplace_back("survey: zeroed is not RAM without touched and left out");
+  if (survey.left_out != options.leave_out)
+    problems.emplace_back("survey: what was left out is not what it was asked to");
+  if (survey.largest_zeroed(255) != rest.largest(255))
+    problems.emplace_back("survey: the largest are not those of all");
   if (survey.regions.size() != map->regions().size()) problems.emplace_back("survey: a region has no report");
   std::uint64_t touched = 0;
   for (const RegionSurvey& region : survey.regions) {
@@ -149,7 +153,7 @@ std::vector<std::string> contradictions(const Survey& survey, const GuestMemory&
 Answered real_surveyor(const GuestMemory& memory, const SurveyOptions& options, GuestAddress output) {
   Answered answered;
   const Survey direct = memory.survey(options);
-  answered.direct = spans(direct.zeroed);
+  answered.direct = spans(direct.zeroed());
   answered.problems = contradictions(direct, memory, options);
   for (const auto& [pages, by] : direct.touched_map().entries()) {
     const Span span{pages.first().value(), pages.count()};

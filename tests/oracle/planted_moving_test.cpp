@@ -35,7 +35,6 @@ Survey answer(const Region& region, PageSet zeroed, Evidence evidence) {
   survey.ram = region.pages();
   survey.touched = survey.ram;
   survey.touched.remove(zeroed);
-  survey.zeroed = std::move(zeroed);
   survey.regions.push_back(
       {.pages = region.pages(), .kind = RegionKind::ram, .backing = region.backing(), .evidence = evidence});
   return survey;

@@ -44,7 +44,7 @@ PageSet page(std::uint64_t number) { return PageRange::make(PageNumber(number), 
 Answered forgets_swap(const GuestMemory& memory, const SurveyOptions& options, GuestAddress output) {
   SurveyOptions kept = options;
   kept.leave_out.add(page(output.page().value()));
-  PageSet zeroed = memory.survey(kept).zeroed;
+  PageSet zeroed = memory.survey(kept).zeroed();
   for (const Region& region : memory.snapshot()->regions()) {
     if (region.kind() != RegionKind::ram || region.backing() != Backing::anonymous) continue;
     std::vector<unsigned char> resident(region.pages().count());
@@ -62,7 +62,7 @@ Answered forgets_swap(const GuestMemory& memory, const SurveyOptions& options, G
 Answered trusts_own_tables(const GuestMemory& memory, const SurveyOptions& options, GuestAddress output) {
   SurveyOptions kept = options;
   kept.leave_out.add(page(output.page().value()));
-  PageSet zeroed = memory.survey(kept).zeroed;
+  PageSet zeroed = memory.survey(kept).zeroed();
   const int pagemap = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
   for (const Region& region : memory.snapshot()->regions()) {
     if (region.kind() != RegionKind::ram || region.backing() != Backing::memfd) continue;
@@ -82,7 +82,7 @@ Answered trusts_own_tables(const GuestMemory& memory, const SurveyOptions& optio
 
 /// A handler that forgets that it is about to write its answer.
 Answered loses_its_own_page(const GuestMemory& memory, const SurveyOptions& options, GuestAddress output) {
-  return answer_with(memory, memory.survey(options).zeroed, output);
+  return answer_with(memory, memory.survey(options).zeroed(), output);
 }
 
 /// A look at content that reads the first half of each page.
@@ -90,7 +90,7 @@ Answered reads_half_pages(const GuestMemory& memory, const SurveyOptions& option
   SurveyOptions kept = options;
   kept.leave_out.add(page(output.page().value()));
   const Survey survey = memory.survey(kept);
-  PageSet zeroed = survey.zeroed;
+  PageSet zeroed = survey.zeroed();
   for (const PageRange& pages : survey.touched.ranges()) {
     for (std::uint64_t i = 0; i < pages.count(); ++i) {
       std::array<std::byte, page_size / 2> half;
@@ -111,7 +111,7 @@ Answered believes_in_missing_entries(const GuestMemory& memory, const SurveyOpti
   SurveyOptions kept = options;
   kept.leave_out.add(page(output.page().value()));
   const Survey survey = memory.survey(kept);
-  PageSet zeroed = survey.zeroed;
+  PageSet zeroed = survey.zeroed();
   const int pagemap = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
   for (const RegionSurvey& report : survey.regions) {
     if (!report.watch || report.watch->error || report.backing != Backing::memfd) continue;
@@ -205,7 +205,7 @@ TEST(OracleOfTheOracle, FindsAWriteWatchThatIsForgotten) {
               .status = ~std::uint64_t{0}, .zeroed = {}, .direct = {}, .problems = {same.error().message()}};
         SurveyOptions kept = options;
         kept.leave_out.add(page(output.page().value()));
-        PageSet zeroed = GuestMemory(std::move(*same)).survey(kept).zeroed;
+        PageSet zeroed = GuestMemory(std::move(*same)).survey(kept).zeroed();
         zeroed.remove(memory.marks().pages());
         return answer_with(memory, zeroed, output);
       },

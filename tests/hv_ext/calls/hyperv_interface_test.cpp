@@ -52,8 +52,8 @@ TEST_F(Interface, MovesThePageAndNeverReportsEither) {
   EXPECT_TRUE(holds_code(0x5000));
   EXPECT_EQ(hyperv.hypercall_page(), PageNumber(5));
   const Survey survey = memory.survey();
-  EXPECT_FALSE(survey.zeroed.contains(PageNumber(3)));
-  EXPECT_FALSE(survey.zeroed.contains(PageNumber(5)));
+  EXPECT_FALSE(survey.zeroed().contains(PageNumber(3)));
+  EXPECT_FALSE(survey.zeroed().contains(PageNumber(5)));
 }
 
 // However often a guest moves it: nothing is kept of where the page has been.

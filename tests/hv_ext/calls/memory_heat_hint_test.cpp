@@ -633,7 +633,7 @@ TEST_F(Hints, OfHostileVcpusHarmNobody) {
     std::jthread survey([&] {
       while (!is_over) {
         const Survey seen = memory.survey();
-        EXPECT_FALSE(seen.zeroed.intersects(pages(2048, 1024)));
+        EXPECT_FALSE(seen.zeroed().intersects(pages(2048, 1024)));
         // The fourth vCPU's page: what it gets, no other writes.
         constexpr std::uint64_t output = 2200 * page_size;
         EXPECT_EQ(*hypercalls.handle({.control = boot_zeroed, .output = GuestAddress(output)}), 0U);

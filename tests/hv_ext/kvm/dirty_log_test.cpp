@@ -37,7 +37,7 @@ protected:
       static_cast<volatile std::byte*>(memory.data())[at] = memory.data()[at];
     region.emplace(*Region::adopt(GuestAddress(0), {memory.data(), memory.size(), Backing::anonymous, -1, 0}));
     guest_memory.replace(*MemoryMap::make({*region}));
-    ASSERT_TRUE(guest_memory.survey().zeroed.empty());
+    ASSERT_TRUE(guest_memory.survey().zeroed().empty());
   }
 
   [[nodiscard]] MemorySlot slot() const { return {.bytes = memory.size(), .host_address = memory.data()}; }
@@ -54,7 +54,7 @@ protected:
   }
   void expect_sound(const Survey& survey) const {
     for (const std::uint64_t page : data_pages())
-      EXPECT_FALSE(survey.zeroed.contains(PageNumber(page))) << page;
+      EXPECT_FALSE(survey.zeroed().contains(PageNumber(page))) << page;
   }
 
   std::optional<Region> region;
@@ -74,14 +74,14 @@ TEST_F(DirtyLogTest, ThatIsCompleteTellsTheGuestsStoresByPage) {
   Survey survey = guest_memory.survey();
   expect_sound(survey);
   EXPECT_EQ(survey.touched.page_count(), data_pages().size());
-  EXPECT_TRUE(survey.zeroed.contains(PageNumber(0x50)));
+  EXPECT_TRUE(survey.zeroed().contains(PageNumber(0x50)));
 
   ASSERT_RUN(IoOut, first, vcpu);
   survey = guest_memory.survey();
   expect_sound(survey);
   EXPECT_EQ(survey.touched_map().at(PageNumber(0x50)), Toucher::guest);
-  EXPECT_TRUE(survey.zeroed.contains(PageNumber(0x51)));
-  EXPECT_TRUE(survey.zeroed.contains(PageNumber(0x90)));
+  EXPECT_TRUE(survey.zeroed().contains(PageNumber(0x51)));
+  EXPECT_TRUE(survey.zeroed().contains(PageNumber(0x90)));
 
   ASSERT_TRUE(guest_memory.write_value(GuestAddress(0xA0000), std::uint32_t{0}));
   ASSERT_RUN(IoOut, second, vcpu);
@@ -92,10 +92,10 @@ TEST_F(DirtyLogTest, ThatIsCompleteTellsTheGuestsStoresByPage) {
     EXPECT_EQ(survey.touched_map().at(PageNumber(page)), Toucher::guest) << page;
   }
   EXPECT_EQ(survey.touched_map().at(PageNumber(0xA0)), Toucher::host);
-  EXPECT_GT(survey.zeroed.page_count(), memory.size() / page_size - 24);
+  EXPECT_GT(survey.zeroed().page_count(), memory.size() / page_size - 24);
 
   ASSERT_TRUE(log->stop());
-  EXPECT_TRUE(guest_memory.survey().zeroed.empty());
+  EXPECT_TRUE(guest_memory.survey().zeroed().empty());
   ASSERT_TRUE(log->stop()) << "the second time does nothing";
   ASSERT_RUN(Hlt, end, vcpu);
 }
@@ -145,7 +145,7 @@ TEST_F(DirtyLogTest, WithoutThePromiseOnlyTellsWhoWrote) {
   ASSERT_TRUE(log) << log.error().message();
   ASSERT_RUN(Hlt, end, vcpu);
   const Survey survey = guest_memory.survey();
-  EXPECT_TRUE(survey.zeroed.empty());
+  EXPECT_TRUE(survey.zeroed().empty());
   EXPECT_EQ(survey.touched_map().at(PageNumber(0x50)), Toucher::guest);
   EXPECT_EQ(survey.touched_map().at(PageNumber(0x51)), Toucher::unknown);
 }
@@ -179,7 +179,7 @@ TEST_F(DirtyLogTest, IsOneAtATimeAndNotEndedByASecond) {
   ASSERT_TRUE(survey.regions[0].log);
   EXPECT_FALSE(survey.regions[0].log->error) << survey.regions[0].log->error->message();
   EXPECT_EQ(survey.touched_map().at(PageNumber(0x50)), Toucher::guest);
-  EXPECT_TRUE(survey.zeroed.contains(PageNumber(0x51)));
+  EXPECT_TRUE(survey.zeroed().contains(PageNumber(0x51)));
 }
 
 /// One that the VMM has for itself too, of the guest's memory.
@@ -267,7 +267,7 @@ TEST_F(SharedDirtyLog, GoesOnWithoutSurveys) {
 TEST_F(SharedDirtyLog, ThatCouldNotBeReadKnowsNothingAnyMore) {
   Vcpu vcpu = make_vcpu();
   ASSERT_NO_FATAL_FAILURE(start(vcpu, own_slot()));
-  EXPECT_FALSE(guest_memory.survey().zeroed.empty());
+  EXPECT_FALSE(guest_memory.survey().zeroed().empty());
 
   // Behind its back: KVM forgets what it has logged.
   ASSERT_RUN(IoOut, first, vcpu);
@@ -277,7 +277,7 @@ TEST_F(SharedDirtyLog, ThatCouldNotBeReadKnowsNothingAnyMore) {
   ASSERT_FALSE(failed);
   EXPECT_EQ(failed.error().code, HypervErrc::kvm);
   ASSERT_KVM_OK(vm->set_memory_slot(own_slot()));
-  EXPECT_TRUE(guest_memory.survey().zeroed.empty());
+  EXPECT_TRUE(guest_memory.survey().zeroed().empty());
   EXPECT_EQ(read().size(), memory.size() / page_size);
 }
 

@@ -74,10 +74,10 @@ TEST_P(DiscardBehindAGuest, ReadsZeroThere) {
   const PageRange pages = *PageRange::covering(GuestAddress(start + page), 1);
   ASSERT_RUN(IoOut, before, vcpu);
   EXPECT_EQ(before.data[0], std::byte{0x5A});
-  EXPECT_FALSE(guest_memory.survey().zeroed.contains(pages));
+  EXPECT_FALSE(guest_memory.survey().zeroed().contains(pages));
 
   ASSERT_TRUE(guest_memory.discard(pages));
-  EXPECT_TRUE(guest_memory.survey().zeroed.contains(pages));
+  EXPECT_TRUE(guest_memory.survey().zeroed().contains(pages));
   ASSERT_RUN(IoOut, after, vcpu);
   EXPECT_EQ(after.data[0], std::byte{0});
 
@@ -85,7 +85,7 @@ TEST_P(DiscardBehindAGuest, ReadsZeroThere) {
   ASSERT_TRUE(guest_memory.write_value(pages.start_address(), std::uint8_t{0x77}));
   ASSERT_RUN(IoOut, written, vcpu);
   EXPECT_EQ(written.data[0], std::byte{0x77});
-  EXPECT_FALSE(guest_memory.survey().zeroed.contains(pages));
+  EXPECT_FALSE(guest_memory.survey().zeroed().contains(pages));
 }
 
 TEST_P(DiscardBehindAGuest, ReadsZeroWhateverIsReported) {
@@ -104,7 +104,7 @@ TEST_P(DiscardBehindAGuest, ReadsZeroWhateverIsReported) {
   }
   static_cast<void>(madvise(host(0), bytes, MADV_PAGEOUT));
 
-  const PageSet zeroed = guest_memory.survey().zeroed;
+  const PageSet zeroed = guest_memory.survey().zeroed();
   ASSERT_FALSE(zeroed.empty());
   Code code;
   std::uint64_t reads = 0;
