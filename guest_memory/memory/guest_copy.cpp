@@ -246,8 +246,41 @@ static std::uint64_t copy_string_if_fast(std::byte* into, const std::byte* from,
   return bytes >= fewest && has_fast_strings() ? copy_string(into, from, bytes) : 0;
 }
 
+// What is read, where a string is slow if the guest's side is not aligned: by the 64 bytes that AVX-512 loads at once.
+// Processors that have both do not slow down for these.
+
+constexpr std::uint64_t widest_block = 256;
+
+static bool has_widest_blocks() {
+  static const bool has = __builtin_cpu_supports("avx512f") && has_fast_strings();
+  return has;
+}
+
+[[gnu::always_inline]] static inline bool load_widest_block(std::byte* into, const std::byte* guest) {
+  asm goto("1: vmovdqu64 (%1), %%zmm0\n vmovdqu64 64(%1), %%zmm1\n vmovdqu64 128(%1), %%zmm2\n vmovdqu64 192(%1), "
+           "%%zmm3\n2:\n vmovdqu64 %%zmm0, (%0)\n vmovdqu64 %%zmm1, 64(%0)\n vmovdqu64 %%zmm2, 128(%0)\n vmovdqu64 "
+           "%%zmm3, 192(%0)\n" CPPVMM_ON_FAULT("%l2")
+           :
+           : "r"(into), "r"(guest)
+           : "xmm0", "xmm1", "xmm2", "xmm3", "memory"
+           : fault);
+  return true;
+fault:
+  return false;
+}
+
+[[gnu::noinline]] static std::uint64_t load_widest_blocks(std::byte* into, const std::byte* guest,
+                                                          std::uint64_t bytes) {
+  std::uint64_t done = 0;
+  while (bytes - done >= widest_block && load_widest_block(into + done, guest + done))
+    done += widest_block;
+  asm volatile("vzeroupper");
+  return done;
+}
+
 static std::uint64_t load_from_guest(std::byte* into, const std::byte* guest, std::uint64_t bytes) {
-  std::uint64_t done = copy_string_if_fast(into, guest, bytes);
+  std::uint64_t done = bytes >= widest_block && has_widest_blocks() ? load_widest_blocks(into, guest, bytes)
+                                                                    : copy_string_if_fast(into, guest, bytes);
   if (has_wide_blocks(bytes - done)) done += load_wide_blocks(into + done, guest + done, bytes - done);
   while (bytes - done >= block && load_block(into + done, guest + done))
     done += block;
