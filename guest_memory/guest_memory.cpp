@@ -10,6 +10,7 @@ module;
 #include <utility>
 #include <vector>
 
+#include "memory/extents.hpp"
 #include "survey/shared_runs.hpp"
 
 module cppvmm.guest_memory:guest_memory.impl;
@@ -19,7 +20,6 @@ import :content_check;
 import :content_scan;
 import :error;
 import :evidence;
-import :extents;
 import :guest_memory;
 import :marks;
 import :memory_map;
@@ -161,7 +161,7 @@ static ExtentList touched_list(const Region& region, const RegionEvidence& evide
   }
   std::vector<PageRange> ranges;
   for (const ExtentList& list : evidence.touched)
-    for (const Extent& extent : list.extents())
+    for (const Extent extent : list)
       ranges.push_back(*PageRange::make(PageNumber(extent.first), extent.count));
   const PageSet pages = PageSet::of(std::move(ranges));
   for (const PageRange& range : pages.ranges())
@@ -197,7 +197,7 @@ MemoryResult<void> GuestMemory::arm_write_watch(GuestAddress start, const WriteW
   const std::lock_guard checking(*content_checks);
   const RegionEvidence evidence = region_evidence(*region, EvidenceSource::automatic);
   if (evidence.is_foreign) return std::unexpected(*evidence.error);
-  auto watch = WriteWatch::arm(*region, touched_list(*region, evidence).extents());
+  auto watch = WriteWatch::arm(*region, touched_list(*region, evidence).to_vector());
   if (!watch) return std::unexpected(watch.error());
   auto data = data_now(*region, options.baseline);
   if (!data) return std::unexpected(data.error());

@@ -12,13 +12,15 @@ module;
 #include <sys/vfs.h>
 #include <unistd.h>
 #include <utility>
+
+#include "../memory/extents.hpp"
+
 module cppvmm.guest_memory:adopt.impl;
 import :address;
 import :backing;
 import :book_files;
 import :descriptor;
 import :error;
-import :extents;
 import :file_data;
 import :mapping;
 import :page_evidence;

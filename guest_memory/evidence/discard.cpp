@@ -12,6 +12,9 @@ module;
 #include <sys/mman.h>
 #include <unistd.h>
 #include <utility>
+
+#include "../memory/extents.hpp"
+
 module cppvmm.guest_memory:discard.impl;
 import :address;
 import :backing;
@@ -20,7 +23,6 @@ import :descriptor;
 import :discard;
 import :error;
 import :evidence;
-import :extents;
 import :file_data;
 import :guest_copy;
 import :mapping;
@@ -172,7 +174,7 @@ static MemoryResult<Discarded> clear(const DiscardTarget& target) {
     done = sum(done, *gap);
     return {};
   };
-  for (const Extent& extent : mapped->extents()) {
+  for (const Extent extent : *mapped) {
     if (auto gap = clear_gap(extent.first); !gap) return std::unexpected(gap.error());
     const auto cleared = clear_all(part_of(memory, extent.first * page_size, extent.count * page_size), target.reach);
     if (!cleared) return cleared;
@@ -213,9 +215,8 @@ static int drop_mapped(const FileMapping& part) {
 /// loses it, and is looked up in the file at the next access.
 static int drop_entries(const FileMapping& part) {
   const RegionEvidence left = page_table_evidence(part.host, part.bytes, PageEntries::all, EvidenceSource::automatic);
-  const bool is_empty = left.kind != Evidence::none && std::ranges::all_of(left.touched, [](const ExtentList& list) {
-                          return list.extents().empty();
-                        });
+  const bool is_empty = left.kind != Evidence::none &&
+                        std::ranges::all_of(left.touched, [](const ExtentList& list) { return list.empty(); });
   return is_empty ? 0 : drop_mapped(part);
 }
 
@@ -340,7 +341,7 @@ MemoryResult<Discarded> discard_hugetlb_private_file(const DiscardTarget& target
     done = sum(done, *discarded);
     return {};
   };
-  for (const Extent& extent : data.extents()) {
+  for (const Extent extent : data) {
     const std::uint64_t from = std::max(extent.first, first);
     const std::uint64_t to = std::min(extent.end(), end);
     if (from >= to) continue;

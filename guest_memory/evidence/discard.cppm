@@ -1,10 +1,12 @@
 module;
 #include <cstdint>
+
+#include "../memory/extents.hpp"
+
 module cppvmm.guest_memory:discard;
 import :address;
 import :backing;
 import :error;
-import :extents;
 import :guest_copy;
 import :mapping;
 import :page_evidence;

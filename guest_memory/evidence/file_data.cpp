@@ -11,11 +11,13 @@ module;
 #include <sys/stat.h>
 #include <unistd.h>
 #include <vector>
+
+#include "../memory/extents.hpp"
+
 module cppvmm.guest_memory:file_data.impl;
 import :address;
 import :error;
 import :evidence;
-import :extents;
 import :file_data;
 import :mapping;
 import :page_evidence;
@@ -60,7 +62,7 @@ static ExtentList whole_huge_pages(const ExtentList& pages, const FilePart& part
   const std::uint64_t before = part.offset % huge_page / page_size; // pages of the first huge page before the part
   const std::uint64_t unit = huge_page / page_size;
   const std::uint64_t count = part.bytes / page_size;
-  for (const Extent& extent : pages.extents()) {
+  for (const Extent extent : pages) {
     const std::uint64_t first = (extent.first + before) / unit * unit;
     const std::uint64_t end = (extent.end() + before + unit - 1) / unit * unit;
     const std::uint64_t from = first > before ? first - before : 0;

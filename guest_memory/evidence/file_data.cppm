@@ -1,8 +1,10 @@
 module;
 #include <cstdint>
 #include <expected>
+
+#include "../memory/extents.hpp"
+
 module cppvmm.guest_memory:file_data;
-import :extents;
 import :region;
 
 namespace cppvmm {

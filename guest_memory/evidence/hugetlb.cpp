@@ -7,15 +7,18 @@ module;
 #include <functional>
 #include <iterator>
 #include <optional>
+#include <ranges>
 #include <sys/mman.h>
 #include <sys/vfs.h>
 #include <utility>
 #include <vector>
+
+#include "../memory/extents.hpp"
+
 module cppvmm.guest_memory:hugetlb.impl;
 import :address;
 import :error;
 import :evidence;
-import :extents;
 import :file_data;
 import :page_evidence;
 import :survey_stop;
@@ -118,11 +121,19 @@ static int look_up(const Userfault& userfault, const FileMapping& mapping, std::
                    const std::vector<ExtentList>& known, ExtentList& cached) {
   constexpr int most_waits = 1000;
   const auto host = reinterpret_cast<std::uintptr_t>(mapping.host);
+  using Rest = std::ranges::subrange<ExtentList::Iterator>;
+  std::vector<Rest> rests;
+  for (const ExtentList& list : known)
+    rests.emplace_back(list.begin(), list.end());
+  // The pages that are asked for ascend.
   const auto is_known = [&](std::uint64_t page) {
-    return std::ranges::any_of(known, [&](const ExtentList& list) {
-      const auto behind = std::ranges::upper_bound(list.extents(), page, {}, &Extent::first);
-      return behind != list.extents().begin() && page < std::prev(behind)->end();
-    });
+    bool found = false;
+    for (Rest& rest : rests) {
+      while (!rest.empty() && rest.front().end() <= page)
+        rest.advance(1);
+      found = found || (!rest.empty() && rest.front().first <= page);
+    }
+    return found;
   };
   for (std::uint64_t at = 0; at < mapping.bytes; at += huge) {
     if (is_survey_stopped()) return ECANCELED;

@@ -18,12 +18,14 @@ module;
 #include <unistd.h>
 #include <utility>
 #include <vector>
+
+#include "../memory/extents.hpp"
+
 module cppvmm.guest_memory:hugetlb_count.impl;
 import :address;
 import :book_files;
 import :error;
 import :evidence;
-import :extents;
 import :memory_id;
 import :page_evidence;
 import :proc_maps;

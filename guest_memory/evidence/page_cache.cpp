@@ -14,11 +14,13 @@ module;
 #include <unistd.h>
 #include <utility>
 #include <vector>
+
+#include "../memory/extents.hpp"
+
 module cppvmm.guest_memory:page_cache.impl;
 import :address;
 import :error;
 import :evidence;
-import :extents;
 import :page_evidence;
 import :survey_stop;
 
@@ -259,7 +261,7 @@ struct FileEvidence {
 template <class Visit>
 static std::optional<SystemError> for_each_hole(Extent range, const ExtentList& data, Visit visit) {
   std::uint64_t at = range.first;
-  for (const Extent& extent : data.extents()) {
+  for (const Extent extent : data) {
     if (extent.first > at)
       if (auto error = visit(Extent{at, extent.first - at})) return error;
     at = extent.end();

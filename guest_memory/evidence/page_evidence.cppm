@@ -4,12 +4,14 @@ module;
 #include <optional>
 #include <span>
 #include <vector>
+
+#include "../memory/extents.hpp"
+
 module cppvmm.guest_memory:page_evidence;
 import :address;
 import :backing;
 import :error;
 import :evidence;
-import :extents;
 import :file_data;
 
 namespace cppvmm {

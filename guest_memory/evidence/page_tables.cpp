@@ -13,12 +13,14 @@ module;
 #include <type_traits>
 #include <unistd.h>
 #include <vector>
+
+#include "../memory/extents.hpp"
+
 module cppvmm.guest_memory:page_tables.impl;
 import :address;
 import :book_files;
 import :error;
 import :evidence;
-import :extents;
 import :markers;
 import :page_evidence;
 import :survey_stop;
@@ -164,8 +166,8 @@ static std::optional<MemoryError> for_each_entry(int pagemap, std::uint64_t host
 /// moment when its entry was read.
 static std::optional<MemoryError> add_unmarked(int pagemap, std::uint64_t host, const ExtentList& pages,
                                                ExtentList& touched) {
-  const auto marker = pages.extents().empty() ? std::nullopt : write_protect_marker(pagemap);
-  for (const Extent& extent : pages.extents()) {
+  const auto marker = pages.empty() ? std::nullopt : write_protect_marker(pagemap);
+  for (const Extent extent : pages) {
     if (!marker) {
       touched.add(extent);
       continue;
@@ -199,7 +201,7 @@ static RegionEvidence scan(int pagemap, std::uint64_t host, std::uint64_t bytes,
   ExtentList unmarked;
   if (!error) error = add_unmarked(pagemap, host, absent, unmarked);
   result.touched.push_back(std::move(touched));
-  if (!unmarked.extents().empty()) result.touched.push_back(std::move(unmarked));
+  if (!unmarked.empty()) result.touched.push_back(std::move(unmarked));
   if (!error && found_huge)
     error = MemoryError{.code = MemoryErrc::unavailable,
                         .address = host,
@@ -345,7 +347,7 @@ static std::optional<MemoryError> add_lost(int pagemap, std::uint64_t host, cons
                                            ExtentList& lost) {
   ExtentList resident;
   std::vector<unsigned char> flags;
-  for (const Extent& extent : guarded.extents()) {
+  for (const Extent extent : guarded) {
     for (std::uint64_t page = extent.first; page < extent.end();) {
       if (is_survey_stopped()) return survey_stopped(host, extent.end() * page_size);
       const std::uint64_t count = std::min<std::uint64_t>(extent.end() - page, 65536);

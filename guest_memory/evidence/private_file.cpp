@@ -7,11 +7,13 @@ module;
 #include <optional>
 #include <utility>
 #include <vector>
+
+#include "../memory/extents.hpp"
+
 module cppvmm.guest_memory:private_file.impl;
 import :address;
 import :error;
 import :evidence;
-import :extents;
 import :file_data;
 import :page_evidence;
 import :proc_maps;
@@ -55,7 +57,7 @@ static std::vector<Extent> intersection(const std::vector<Extent>& left, const s
 static ExtentList difference(const ExtentList& list, const std::vector<Extent>& without) {
   ExtentList rest;
   auto next = without.begin();
-  for (const Extent& extent : list.extents()) {
+  for (const Extent extent : list) {
     std::uint64_t at = extent.first;
     while (next != without.end() && next->end() <= at)
       ++next;

@@ -10,12 +10,14 @@ module;
 #include <span>
 #include <utility>
 #include <vector>
+
+#include "../memory/extents.hpp"
+
 module cppvmm.guest_memory:region_evidence.impl;
 import :address;
 import :backing;
 import :error;
 import :evidence;
-import :extents;
 import :file_data;
 import :mapping;
 import :page_evidence;
@@ -118,7 +120,7 @@ static void look_at_mappings(std::span<LookedAt> looks, EvidenceSource source) {
 static std::size_t range_count(const RegionEvidence& evidence) {
   std::size_t ranges = 0;
   for (const ExtentList& list : evidence.touched)
-    ranges += list.extents().size();
+    ranges += list.size();
   return ranges;
 }
 

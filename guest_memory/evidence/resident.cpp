@@ -5,12 +5,14 @@ module;
 #include <functional>
 #include <string_view>
 #include <sys/stat.h>
+
+#include "../memory/extents.hpp"
+
 module cppvmm.guest_memory:resident.impl;
 import :address;
 import :backing;
 import :error;
 import :evidence;
-import :extents;
 import :mapping;
 import :page_evidence;
 import :proc_maps;

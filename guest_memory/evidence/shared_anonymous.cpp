@@ -8,12 +8,14 @@ module;
 #include <sys/sysmacros.h>
 #include <utility>
 #include <vector>
+
+#include "../memory/extents.hpp"
+
 module cppvmm.guest_memory:shared_anonymous.impl;
 import :address;
 import :book_files;
 import :error;
 import :evidence;
-import :extents;
 import :page_evidence;
 import :proc_maps;
 

@@ -18,6 +18,9 @@ module;
 #include <unistd.h>
 #include <utility>
 #include <vector>
+
+#include "../memory/extents.hpp"
+
 module cppvmm.guest_memory:content_scan.impl;
 import :address;
 import :book_files;
@@ -25,7 +28,6 @@ import :content_check;
 import :content_scan;
 import :error;
 import :evidence;
-import :extents;
 import :guest_copy;
 import :page_evidence;
 import :region;

@@ -3,10 +3,12 @@ module;
 #include <chrono>
 #include <cstdint>
 #include <span>
+
+#include "../memory/extents.hpp"
+
 module cppvmm.guest_memory:content_scan;
 import :content_check;
 import :evidence;
-import :extents;
 import :guest_copy;
 import :page_evidence;
 import :region;

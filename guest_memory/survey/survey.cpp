@@ -10,6 +10,9 @@ module;
 #include <span>
 #include <utility>
 #include <vector>
+
+#include "../memory/extents.hpp"
+
 module cppvmm.guest_memory:survey.impl;
 import :address;
 import :backing;
@@ -17,7 +20,6 @@ import :content_check;
 import :content_scan;
 import :error;
 import :evidence;
-import :extents;
 import :guest_copy;
 import :memory_map;
 import :page_evidence;
@@ -59,7 +61,7 @@ TouchedMap Survey::touched_map() const {
 ExtentList data_among(const Region& region, const ExtentList& pages) {
   const ContentCheckOptions options;
   ContentBudget budget(options);
-  return scan_content(file_mapping(region), region.backing(), pages.extents(), options, budget, looks_at_watched,
+  return scan_content(file_mapping(region), region.backing(), pages.to_vector(), options, budget, looks_at_watched,
                       reach_of(region.is_adopted()))
       .touched;
 }
@@ -68,11 +70,11 @@ ExtentList data_among(const Region& region, const ExtentList& pages) {
 static PageSet union_of(PageRange region, std::span<const ExtentList> lists) {
   PageSet result;
   const auto add_to = [&](PageSet& set, const ExtentList& list) {
-    for (const Extent& extent : list.extents())
+    set.reserve(list.size());
+    for (const Extent extent : list)
       set.add(*PageRange::make(PageNumber(region.first().value() + extent.first), extent.count));
   };
   if (lists.empty()) return result;
-  result.reserve(lists.front().extents().size());
   add_to(result, lists.front());
   // Each list by itself, so that all are added in ascending order.
   for (const ExtentList& list : lists.subspan(1)) {

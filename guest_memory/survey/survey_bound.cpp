@@ -7,9 +7,11 @@ module;
 #include <span>
 #include <utility>
 #include <vector>
+
+#include "../memory/extents.hpp"
+
 module cppvmm.guest_memory:survey_bound.impl;
 import :address;
-import :extents;
 import :marks;
 import :page_set;
 import :region;
@@ -129,7 +131,8 @@ void add_marks(Survey& survey, const Marks& marks) {
         touchers.add(pages, by);
       });
       add_evidence(PageNumber(report.pages.end().value() - 1));
-      for (const Extent& extent : touched.extents())
+      if (survey.touched.empty()) survey.touched.reserve(touched.size());
+      for (const Extent extent : touched)
         survey.touched.add(*PageRange::make(PageNumber(extent.first), extent.count));
       report.given_up_pages += touched.given_up_pages();
       report.zeroed_pages -= touched.given_up_pages();

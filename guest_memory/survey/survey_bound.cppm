@@ -1,7 +1,9 @@
 module;
 #include <cstddef>
+
+#include "../memory/extents.hpp"
+
 module cppvmm.guest_memory:survey_bound;
-import :extents;
 import :marks;
 import :page_set;
 import :survey;

@@ -1,6 +1,7 @@
+module;
+#include "../memory/extents.hpp"
 module cppvmm.guest_memory:survey_map;
 import :content_scan;
-import :extents;
 import :memory_map;
 import :region;
 import :survey;

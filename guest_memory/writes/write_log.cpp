@@ -10,10 +10,12 @@ module;
 #include <span>
 #include <utility>
 #include <vector>
+
+#include "../memory/extents.hpp"
+
 module cppvmm.guest_memory:write_log.impl;
 import :address;
 import :error;
-import :extents;
 import :region;
 import :write_record;
 import :write_watch;

@@ -8,11 +8,13 @@ module;
 #include <span>
 #include <utility>
 #include <vector>
+
+#include "../memory/extents.hpp"
+
 module cppvmm.guest_memory:write_record;
 import :address;
 import :descriptor;
 import :error;
-import :extents;
 import :memory_id;
 import :region;
 import :write_watch;

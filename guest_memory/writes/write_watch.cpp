@@ -12,6 +12,9 @@ module;
 #include <unistd.h>
 #include <utility>
 #include <vector>
+
+#include "../memory/extents.hpp"
+
 module cppvmm.guest_memory:write_watch.impl;
 import :address;
 import :backing;
@@ -19,7 +22,6 @@ import :book_files;
 import :descriptor;
 import :error;
 import :evidence;
-import :extents;
 import :memory_id;
 import :page_evidence;
 import :region;

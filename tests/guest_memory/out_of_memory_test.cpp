@@ -1,12 +1,15 @@
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
 #include <gtest/gtest.h>
 #include <new>
 #include <string>
+#include <vector>
 
 #include "support/failing_allocations.hpp"
 
+#include "../../guest_memory/memory/extents.hpp"
 #include "support/surveyed_memory.hpp"
 
 import cppvmm.guest_memory;
@@ -148,6 +151,84 @@ TEST(OutOfMemoryMarks, TakeBoundedMemoryWhereThereIsNoRam) {
   const PageSet marked = memory.marks().pages();
   for (std::uint64_t page = 9; page < all; page += 64 * leaf)
     ASSERT_TRUE(marked.contains(PageNumber(page))) << page;
+}
+
+// What throws has either added the extent or changed nothing.
+TEST(OutOfMemoryExtents, AreNotLost) {
+  if (!test::replaces_allocations) GTEST_SKIP() << test::allocations_are_not_replaced;
+  std::vector<Extent> added;
+  for (std::uint64_t page = 0; added.size() < 4000; page += 2 + added.size() * added.size() % 37)
+    added.push_back({page, 1});
+  ExtentList list(60);
+  std::size_t failures = 0;
+  for (std::size_t i = 0; i < added.size(); ++i) {
+    // Now and then all behind an earlier one becomes one.
+    const bool goes_back = i % 900 == 899;
+    for (bool is_added = false; !is_added;) {
+      const std::vector<Extent> before = list.to_vector();
+      test::allocations_left = static_cast<long>((i + failures) % 12);
+      try {
+        list.add(goes_back ? added[i - 50] : added[i]);
+        is_added = true;
+      } catch (const std::bad_alloc&) {
+        ++failures;
+      }
+      test::allocations_left = -1;
+      if (is_added) break;
+      std::vector<Extent> after = list.to_vector();
+      is_added = after != before;
+      if (is_added) {
+        ASSERT_EQ(after.back(), added[i]);
+        after.pop_back();
+        ASSERT_EQ(after, before);
+      }
+    }
+    if (goes_back) list.add(added[i]);
+    ASSERT_EQ(list.page_count(), i + 1);
+  }
+  EXPECT_GT(failures, 20U);
+  EXPECT_LE(list.size(), 60U);
+  std::uint64_t pages_there = 0;
+  for (const Extent extent : list)
+    pages_there += extent.count;
+  EXPECT_EQ(pages_there, list.page_count() + list.given_up_pages());
+  for (const Extent& extent : added)
+    ASSERT_TRUE(std::ranges::any_of(list, [&](const Extent& each) {
+      return each.first <= extent.first && extent.end() <= each.end();
+    })) << extent.first;
+}
+
+TEST(OutOfMemoryExtents, TakeAsManyBytesAsTheirNumbersNeed) {
+  if (!test::replaces_allocations) GTEST_SKIP() << test::allocations_are_not_replaced;
+  constexpr std::size_t many = 100'000;
+  const auto most_bytes = [&](std::uint64_t gap, std::uint64_t count) {
+    const std::size_t before = test::bytes_held;
+    test::most_bytes_held = before;
+    ExtentList list;
+    for (std::uint64_t i = 0; i < many; ++i)
+      list.add({i * (gap + count), count});
+    EXPECT_EQ(list.size(), many);
+    return test::most_bytes_held - before;
+  };
+  EXPECT_LT(most_bytes(127, 127), many * 21 / 10);
+  EXPECT_LT(most_bytes(128, 127), many * 31 / 10);
+  // As far apart as so many can be.
+  EXPECT_LT(most_bytes((std::uint64_t{1} << 63) / many, (std::uint64_t{1} << 63) / many), many * 15);
+  const std::size_t before = test::bytes_held;
+  {
+    ExtentList few;
+    few.add({5, 1});
+    EXPECT_EQ(test::bytes_held, before);
+    for (std::uint64_t i = 0; i < 16; ++i)
+      few.add({100 + 3 * i, 1});
+    EXPECT_LT(test::bytes_held, before + 200);
+    for (std::uint64_t i = 0; i < many; ++i)
+      few.add({200 + 3 * i, 1});
+    few.add({0, 1});
+    // But for where the blocks were.
+    EXPECT_LT(test::bytes_held, before + 4096);
+  }
+  EXPECT_EQ(test::bytes_held, before);
 }
 
 } // namespace

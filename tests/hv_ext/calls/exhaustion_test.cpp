@@ -143,7 +143,7 @@ TEST_F(Vcpus, ShareSurveysOfWhichThereAreTwo) {
   });
   EXPECT_EQ(surveys.size(), 2U);
   if (test::replaces_allocations) {
-    EXPECT_GT(of_two, std::size_t{8} << 20);
+    EXPECT_GT(of_two, std::size_t{4} << 20);
   }
   for (int i = 0; i < 6; ++i)
     vcpus.push_back(ask());
