@@ -27,7 +27,7 @@ struct Extent {
 /// smallest gaps between extents are given up and count as touched; the `limit / 2` largest always stay, which is far
 /// more than any answer can name.
 ///
-/// Of each extent are kept the gap before it and its count, seven bits a byte: 2 bytes where both are below 128, 16 at
+/// Of each extent are kept the gap before it and its count, seven bits a byte: 2 bytes where both are below 128, 12 at
 /// most for any pages that a guest can have, and 20 for numbers of 64 bits. They are in blocks of 4 KiB, the first ones
 /// smaller, of which at most 20 bytes stay free: adding moves none of them.
 class ExtentList {

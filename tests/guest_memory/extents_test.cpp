@@ -22,7 +22,7 @@ using cppvmm::ExtentList;
 
 static_assert(std::forward_iterator<ExtentList::Iterator>);
 
-constexpr std::uint64_t all_pages = std::uint64_t{1} << 52;
+constexpr std::uint64_t all_pages = std::uint64_t{1} << 40;
 constexpr std::uint64_t largest = std::numeric_limits<std::uint64_t>::max();
 
 /// The same by a vector, extent by extent.

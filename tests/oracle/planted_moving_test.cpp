@@ -8,7 +8,6 @@
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <unistd.h>
-#include <utility>
 #include <vector>
 
 #include "support/descriptor.hpp"
@@ -30,7 +29,7 @@ namespace {
 constexpr std::uint64_t huge = std::uint64_t{2} << 20;
 
 /// A survey of one region whose touched pages are those given; they are everything where nothing is known.
-Survey answer(const Region& region, PageSet zeroed, Evidence evidence) {
+Survey answer(const Region& region, const PageSet& zeroed, Evidence evidence) {
   Survey survey;
   survey.ram = region.pages();
   survey.touched = survey.ram;
@@ -98,7 +97,7 @@ Survey without_lock(const GuestMemory& memory, const SurveyOptions&) {
   const Region region = memory.snapshot()->regions()[0];
   PageSet zeroed(region.pages());
   zeroed.remove(found_without_lock(region));
-  return answer(region, std::move(zeroed), Evidence::page_tables_read);
+  return answer(region, zeroed, Evidence::page_tables_read);
 }
 
 /// Of a file of huge pages, as many are found so as the file has pages: then there are no others.
@@ -112,7 +111,7 @@ Survey by_number_of_entries(const GuestMemory& memory, const SurveyOptions&) {
     return answer(region, {}, Evidence::none);
   PageSet zeroed(region.pages());
   zeroed.remove(found);
-  return answer(region, std::move(zeroed), Evidence::page_tables_read);
+  return answer(region, zeroed, Evidence::page_tables_read);
 }
 
 constexpr long cachestat_call = 451; // Linux 6.5
@@ -139,7 +138,7 @@ Survey by_own_page_cache(const GuestMemory& memory, const SurveyOptions&) {
     if (status.cached + status.evicted == 0) zeroed.add(pages_at(region, range.from, range.bytes));
     at = stop;
   }
-  return answer(region, std::move(zeroed), Evidence::page_cache);
+  return answer(region, zeroed, Evidence::page_cache);
 }
 
 /// The bug is found, and what stands in its place makes a round of the same. A host's kernel may have no such window.
