@@ -16,7 +16,7 @@ export enum class Toucher : std::uint8_t {
 export class Touchers {
 public:
   constexpr Touchers() = default;
-  constexpr Touchers(Toucher one) : bits_(static_cast<std::uint8_t>(one)) {}
+  constexpr Touchers(Toucher one) : bits_(static_cast<std::uint8_t>(one) & all) {}
 
   [[nodiscard]] constexpr bool has(Toucher one) const { return (bits_ & static_cast<std::uint8_t>(one)) != 0; }
   [[nodiscard]] constexpr bool empty() const { return bits_ == 0; }
@@ -24,7 +24,7 @@ public:
   /// Bits that name no Toucher are dropped.
   [[nodiscard]] static constexpr Touchers from_bits(std::uint8_t bits) {
     Touchers result;
-    result.bits_ = bits & 0xF;
+    result.bits_ = bits & all;
     return result;
   }
 
@@ -32,6 +32,7 @@ public:
   friend constexpr bool operator==(Touchers, Touchers) = default;
 
 private:
+  static constexpr std::uint8_t all = 0xF;
   std::uint8_t bits_ = 0;
 };
 
