@@ -57,7 +57,9 @@ public:
   }
 
   /// Declares pages touched that the kernel's books may not show, such as those written by device DMA that bypasses
-  /// this process. Marks stay until they are cleared or their pages discarded, whatever happens to the map.
+  /// this process. Marks stay until they are cleared or their pages discarded, whatever happens to the map. A survey
+  /// counts each whose call ended before it began; where membarrier(2) is refused that was not when this GuestMemory
+  /// was made, it reports nothing if there are marks.
   ///
   /// From any thread, without a lock, and at O(1) for a page: once a part of the memory has marks, all that is shared
   /// is the byte of the page, which is not written if the page is marked already. Takes a byte for each page of 128 MiB

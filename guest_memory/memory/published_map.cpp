@@ -1,6 +1,7 @@
 module;
 #include <algorithm>
 #include <atomic>
+#include <cerrno>
 #include <exception>
 #include <linux/membarrier.h>
 #include <memory>
@@ -77,18 +78,18 @@ static ReadSlot* free_slot() {
   return slot == nullptr || slot->map.load(std::memory_order_relaxed) != nullptr ? nullptr : slot;
 }
 
-/// Every thread of this process passes a full barrier meanwhile (kernel/sched/membarrier.c,
-/// membarrier_private_expedited): what a reader stored before it is seen after it, and what it loads after it is as
-/// new.
-static bool pass_barriers() {
-  return syscall(SYS_membarrier, MEMBARRIER_CMD_PRIVATE_EXPEDITED, 0, 0) == 0 ||
-         (syscall(SYS_membarrier, MEMBARRIER_CMD_REGISTER_PRIVATE_EXPEDITED, 0, 0) == 0 &&
-          syscall(SYS_membarrier, MEMBARRIER_CMD_PRIVATE_EXPEDITED, 0, 0) == 0);
+// Every thread of this process passes a full barrier meanwhile (kernel/sched/membarrier.c,
+// membarrier_private_expedited).
+int PublishedMap::pass_barriers() {
+  const bool are_passed = syscall(SYS_membarrier, MEMBARRIER_CMD_PRIVATE_EXPEDITED, 0, 0) == 0 ||
+                          (syscall(SYS_membarrier, MEMBARRIER_CMD_REGISTER_PRIVATE_EXPEDITED, 0, 0) == 0 &&
+                           syscall(SYS_membarrier, MEMBARRIER_CMD_PRIVATE_EXPEDITED, 0, 0) == 0);
+  return are_passed ? 0 : errno;
 }
 
 PublishedMap::PublishedMap(MemoryMap map)
     : owner_(std::make_shared<const MemoryMap>(std::move(map))), current_(owner_.get()),
-      is_asymmetric_(pass_barriers()) {}
+      is_asymmetric_(pass_barriers() == 0) {}
 
 // Between the store that names a map and the load that tells whether it is still the current one, and between the store
 // that names none any more and the load that tells whether it was replaced. The other side of both is in publish().
@@ -149,7 +150,7 @@ std::shared_ptr<const MemoryMap> PublishedMap::publish(std::shared_ptr<const Mem
 void PublishedMap::take_unread(Maps& unread) const {
   const bool are_announced = std::ranges::all_of(retired_, &Retired::is_announced);
   // Who has passed no barrier may read any of them: where it is refused, they go with a later change.
-  if (!are_announced && (!is_asymmetric_ || pass_barriers()))
+  if (!are_announced && (!is_asymmetric_ || pass_barriers() == 0))
     for (Retired& each : retired_)
       each.is_announced = true;
   if (!is_asymmetric_) std::atomic_thread_fence(std::memory_order_seq_cst);

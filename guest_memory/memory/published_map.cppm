@@ -45,6 +45,12 @@ public:
     std::shared_ptr<const MemoryMap> kept_; // without a slot
   };
 
+  /// Whether all threads can be had to pass a barrier by those who need one, so that others need none.
+  [[nodiscard]] inline bool is_asymmetric() const { return is_asymmetric_; }
+  /// Has them do so: what each of them stored before is seen from then on, and what it loads after is as new. 0, or why
+  /// the kernel refuses, as errno says.
+  [[nodiscard]] static int pass_barriers();
+
   [[nodiscard]] std::shared_ptr<const MemoryMap> snapshot() const;
 
   void replace(MemoryMap map);

@@ -12,6 +12,7 @@ module;
 
 module cppvmm.guest_memory:survey_bound.impl;
 import :address;
+import :error;
 import :marks;
 import :page_set;
 import :region;
@@ -107,9 +108,24 @@ static std::size_t room_for_touchers(const Survey& survey) {
   return most_survey_ranges - std::min(most_survey_ranges, survey.touchers.entry_count());
 }
 
+/// Of marks that cannot be seen, none is passed over.
+static void lose_evidence(Survey& survey, int error) {
+  survey.touched = survey.ram;
+  for (RegionSurvey& report : survey.regions) {
+    if (report.kind != RegionKind::ram) continue;
+    report.zeroed_pages = 0;
+    report.error = MemoryError{.code = MemoryErrc::os,
+                               .address = report.pages.start_address().value(),
+                               .length = report.pages.bytes(),
+                               .os_error = error,
+                               .operation = "membarrier, to see all marks"};
+  }
+}
+
 void add_marks(Survey& survey, const Marks& marks) {
   const Marks::View view(marks);
   if (view.is_blank()) return;
+  if (view.error() != 0) return lose_evidence(survey, view.error());
   LargestMarks touchers(room_for_touchers(survey));
   const PageSet evidence = std::exchange(survey.touched, {});
   survey.ram = {};

@@ -23,9 +23,16 @@ import :toucher;
 
 // Why no mark is lost: marks are taken away with the lock alone, by clear and by Taken, a word at a time. A mark sets
 // its bits or its byte, or finds them set; either is before they are taken away, and then it is a mark made before, or
-// after, and then it stays. That a byte is stored where others lock its word: of a byte, all stores and loads are in
-// one order, however wide they are, and a locked change of a word is one moment in the order of each of its bytes. Bits
-// that move down are below before they leave the slot above, and who marks looks above first.
+// after, and then it stays. Bits that move down are below before they leave the slot above; who marks several pages
+// looks above first, and who marks one sets its byte whatever is above.
+//
+// That a byte is stored where others change its word is no matter of C++: a processor has a line of the cache to itself
+// while it changes a word in it by a locked instruction (Intel SDM 3, 9.1; so does AMD), and another's store to a byte
+// of it is before that or after.
+//
+// Why a survey sees the marks that were made before it: the store of a byte may wait in its processor when mark()
+// returns. Who looks has each thread pass a barrier (membarrier), where that was to be had when the memory was made;
+// else the store is a locked instruction. All other ways to mark are locked instructions.
 //
 // Why a mark that is found to be set is as good as one that is set: who takes it away discards the page's content after
 // that. What a mark is for, DMA, is in memory before its end is known to who marks, so it is discarded too. (A store of
@@ -229,17 +236,31 @@ Marks::Taken::Taken(Marks& marks, const PageSet& pages) : lock_(marks.taking_) {
     marks.split(range.end().value());
     marks.for_words(range, [this](MarkWord& word, std::uint64_t bits) {
       bits &= word.load(std::memory_order_acquire);
-      if (bits != 0) taken_.push_back({&word, bits});
+      if (bits != 0) add(word, bits);
     });
   }
   // With no allocation from here on.
   for (const Bits& taken : taken_)
-    taken.word->fetch_and(~taken.bits, std::memory_order_acq_rel);
+    for (MarkWord& word : std::span(taken.first, taken.words))
+      word.fetch_and(~taken.bits, std::memory_order_acq_rel);
+}
+
+void Marks::Taken::add(MarkWord& word, std::uint64_t bits) {
+  if (!taken_.empty() && taken_.back().first + taken_.back().words == &word && taken_.back().bits == bits)
+    ++taken_.back().words;
+  else
+    taken_.push_back({&word, 1, bits});
 }
 
 Marks::Taken::~Taken() {
   for (const Bits& taken : taken_)
-    taken.word->fetch_or(taken.bits, std::memory_order_acq_rel);
+    for (MarkWord& word : std::span(taken.first, taken.words))
+      word.fetch_or(taken.bits, std::memory_order_acq_rel);
+}
+
+Marks::View::View(const Marks& marks) : marks_(marks), lock_(marks.taking_) {
+  // The first mark of all is more than the store of a byte.
+  if (!is_blank() && marks.map_.is_asymmetric()) error_ = PublishedMap::pass_barriers();
 }
 
 bool Marks::View::is_blank() const {

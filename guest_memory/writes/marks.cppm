@@ -38,7 +38,7 @@ struct alignas(16) MarkNode {
 };
 
 /// Pages that were marked by hand, and for whom: by guest page number, whatever the map has there. Who marks takes no
-/// lock, and writes no page's mark that is there already. The parts are made when they are first needed, and stay.
+/// lock, and writes no mark of a page that is there already. The parts are made when they are first needed, and stay.
 ///
 /// In memory that follows RAM: where the map has none, few parts are made, and no more than a map needs where RAM comes
 /// and goes. Beyond these, and where no memory is to be had, a mark becomes one of the whole part (128 MiB or 1 TiB):
@@ -59,15 +59,18 @@ public:
   /// To look at the marks: while it lives, none is taken away.
   class View {
   public:
-    explicit View(const Marks& marks) : marks_(marks), lock_(marks.taking_) {}
+    explicit View(const Marks& marks);
     /// Whether there is nothing to look at.
     [[nodiscard]] bool is_blank() const;
+    /// 0: all marks that had been made before are seen. Else why not all may be, as errno says.
+    [[nodiscard]] int error() const { return error_; }
     /// Runs of pages with the same touchers, ascending.
     void for_each(PageRange within, const std::function<void(PageRange, Touchers)>& each) const;
 
   private:
     const Marks& marks_;
     std::lock_guard<std::mutex> lock_;
+    int error_ = 0;
   };
 
   /// The marks of some pages, taken out, and put back at the end unless they are forgotten before. Nobody looks at
@@ -81,10 +84,13 @@ public:
     void forget() { taken_.clear(); }
 
   private:
+    /// The same of each of some words, one behind the other.
     struct Bits {
-      MarkWord* word;
+      MarkWord* first;
+      std::size_t words;
       std::uint64_t bits;
     };
+    void add(MarkWord& word, std::uint64_t bits);
     std::lock_guard<std::mutex> lock_;
     std::vector<Bits> taken_;
   };
@@ -111,7 +117,7 @@ private:
 
   const PublishedMap& map_;
   std::array<MarkWord, (guest_space_end >> page_shift) / MarkNode::pages> nodes_{};
-  Allowance some_nodes_{32};
+  Allowance some_nodes_{8};
   Allowance some_leaves_{128};
   mutable std::mutex taking_; // held by who takes marks away, or looks at them
 };
@@ -141,7 +147,12 @@ inline void Marks::mark(PageRange pages, Touchers by) noexcept {
     if (MarkLeaf* const leaf = leaf_of(page, static_cast<unsigned>(std::countr_zero(bits)))) {
       // No std::atomic has the bytes of another: the word is what those have who look at several pages at once.
       auto* const byte = reinterpret_cast<std::uint8_t*>(leaf->words.data()) + page % MarkLeaf::pages;
-      if (__atomic_load_n(byte, __ATOMIC_ACQUIRE) == 0) __atomic_store_n(byte, 1, __ATOMIC_RELEASE);
+      if (__atomic_load_n(byte, __ATOMIC_ACQUIRE) != 0) return;
+      // Who looks has this thread pass a barrier, where that can be had.
+      if (map_.is_asymmetric())
+        __atomic_store_n(byte, 1, __ATOMIC_RELEASE);
+      else
+        __atomic_exchange_n(byte, 1, __ATOMIC_SEQ_CST);
       return;
     }
   }

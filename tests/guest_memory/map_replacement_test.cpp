@@ -149,6 +149,43 @@ TEST(ReplacedMap, StaysWhileMembarrierIsRefused) {
   });
 }
 
+/// In memory that is known to be small pages without that.
+Region of_16_pages() {
+  Region region = *Region::anonymous(start, 16 * page_size);
+  static_cast<void>(region.set_huge_pages(HugePages::never)); // unavailable where there are none
+  return region;
+}
+
+// What was marked meanwhile could not all be seen.
+TEST(Marks, AreOfAllRamWhileMembarrierIsRefused) {
+  expect_in_child([] {
+    GuestMemory memory(*MemoryMap::make({of_16_pages()}));
+    const PageRange page = *PageRange::make(start.page(), 1);
+    if (memory.survey().zeroed().page_count() != 16 || !refuse_membarrier()) return 2;
+    if (memory.survey().zeroed().page_count() != 16) return 3;
+    memory.mark_touched(page, Toucher::device);
+    const Survey survey = memory.survey();
+    if (!survey.zeroed().empty() || survey.regions[0].zeroed_pages != 0 || !survey.regions[0].error) return 4;
+    return survey.regions[0].error->os_error == EPERM ? 0 : 5;
+  });
+}
+
+TEST(Marks, AreExactWhereThereWasNoMembarrier) {
+  expect_in_child([] {
+    if (!refuse_membarrier()) return 2;
+    GuestMemory memory(*MemoryMap::make({of_16_pages()}));
+    const PageRange page = *PageRange::make(start.page(), 1);
+    // By the whole way, and by the quick one.
+    for (int i = 0; i < 2; ++i) {
+      memory.mark_touched(page, Toucher::device);
+      if (memory.survey().touched != PageSet(page)) return 3;
+      memory.clear_marks(page);
+      if (!memory.survey().touched.empty()) return 4;
+    }
+    return 0;
+  });
+}
+
 /// A userfaultfd of the test's, over memory that is missing.
 class Handler {
 public:
