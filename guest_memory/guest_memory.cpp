@@ -264,16 +264,20 @@ bool GuestMemory::end_write_log() {
   return true;
 }
 
-void GuestMemory::mark_touched(PageRange pages, Touchers by) noexcept { state_->marks.mark(pages, by); }
+void GuestMemory::mark_touched(PageRange pages, Touchers by) noexcept {
+  state_->marks.mark(pages, by.empty() ? Toucher::unknown : by);
+}
 
 void GuestMemory::clear_marks(PageRange pages) noexcept { state_->marks.clear(pages); }
 
 TouchedMap GuestMemory::marks() const {
   TouchedMap result;
-  Marks::View(state_->marks).for_each(every_page, [&](PageRange pages, Touchers by) {
+  const Marks::View view(state_->marks);
+  view.for_each(every_page, [&](PageRange pages, Touchers by) {
     result.mark(pages, by);
     if (result.entry_count() > 2 * most_marks) result.join_neighbours(most_marks);
   });
+  if (view.error() != 0) result.mark(every_page, Toucher::unknown);
   result.join_neighbours(most_marks);
   return result;
 }

@@ -58,20 +58,25 @@ public:
 
   /// Declares pages touched that the kernel's books may not show, such as those written by device DMA that bypasses
   /// this process. Marks stay until they are cleared or their pages discarded, whatever happens to the map. A survey
-  /// counts each whose call ended before it began; where membarrier(2) is refused that was not when this GuestMemory
-  /// was made, it reports nothing if there are marks.
+  /// counts each whose call ended before it began. Where membarrier(2) is refused that was not when this GuestMemory
+  /// was made, and there are marks, all RAM counts as touched. Nobody named is Toucher::unknown.
+  ///
+  /// To be called when the write has ended, before anybody may be told of it: a discard takes marks away that were made
+  /// before it. Where surveys may be made while the write is going on, before it as well.
   ///
   /// From any thread, without a lock, and at O(1) for a page: once a part of the memory has marks, all that is shared
   /// is the byte of the page, which is not written if the page is marked already. Takes a byte for each page of 128 MiB
-  /// of RAM that has marks, and for each toucher that they name. Where the map has no RAM, marks take some MiB at most:
-  /// of those that are scattered further, all 128 MiB (or 1 TiB) that they are in count as marked, also if RAM comes
-  /// there later, and so they do where no memory is to be had for this. None is lost, and nothing is thrown.
+  /// of RAM that has marks, and for each toucher that they name; and 256 KiB for each TiB. Where the map has no RAM, or
+  /// RAM has come and gone, marks take some MiB at most: of those that are scattered further, all 128 MiB (or 1 TiB)
+  /// that they are in count as marked, also if RAM comes there later, and so they do where no memory is to be had for
+  /// this. None is lost, and nothing is thrown.
   void mark_touched(PageRange pages, Touchers by) noexcept;
   /// Waits for a discard, and for whoever reads marks. Where no memory is to be had to tell pages apart that were
   /// marked as a large whole, they stay marked.
   void clear_marks(PageRange pages) noexcept;
   /// A copy of at most `most_marks` ranges. Of more, those with the smallest gaps between them become one there, and
-  /// what is in between counts as marked too. (Surveys go by the marks themselves.)
+  /// what is in between counts as marked too. (Surveys go by the marks themselves.) Those whose call ended before are
+  /// among them; where that cannot be known, as above, every page is.
   [[nodiscard]] TouchedMap marks() const;
   static constexpr std::size_t most_marks = std::size_t{1} << 16;
 
@@ -125,8 +130,9 @@ public:
   /// memory counts as touched and the region's report says why. When the map is replaced meanwhile the survey starts
   /// over, at most 3 times; after that everything counts as touched. Costs system calls in proportion to the number of
   /// touched extents, and where private memory may have transparent huge pages a membarrier(2), which waits some 10 ms,
-  /// once for all regions; no guest memory is touched unless a look at its content is asked for (but for a byte of each
-  /// huge page that is there, before Linux 6.7).
+  /// once for all regions; where pages are marked another one, which interrupts the processors that run threads of this
+  /// process, vCPUs among them. No guest memory is touched unless a look at its content is asked for (but for a byte of
+  /// each huge page that is there, before Linux 6.7).
   ///
   /// At most two surveys are made at once (set_most_surveys). Who calls while as many are in progress waits, and has
   /// the next one together with all who wait: it begins after each of them has called, and what an option leaves out is

@@ -52,7 +52,7 @@ export struct RegionSurvey {
   Evidence evidence = Evidence::none;
   std::uint64_t touched_pages = 0; ///< By that evidence alone.
   /// Pages that are zero by all that is known, before marks and what was left out: with those that a watch, a log or a
-  /// look at the content took out of `touched_pages`.
+  /// look at the content took out of `touched_pages`. None where the marks could not be seen.
   std::uint64_t zeroed_pages = 0;
   /// Of an armed write watch, and of a write log that is declared complete.
   std::optional<WatchReport> watch = std::nullopt;
@@ -64,7 +64,7 @@ export struct RegionSurvey {
   /// in all of them together, which bounds the memory that a guest can make a survey use. The 2^17 largest zeroed
   /// ranges are never given up.
   std::uint64_t given_up_pages = 0;
-  /// Why there is no evidence, when a call failed.
+  /// Why there is no evidence, or nothing comes of it as the marks could not be seen, when a call failed.
   std::optional<MemoryError> error = std::nullopt;
   /// The look at the touched pages, where one was asked for and the memory is of the kind that was stated.
   std::optional<ContentCheckReport> content = std::nullopt;

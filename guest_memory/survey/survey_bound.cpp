@@ -114,6 +114,7 @@ static void lose_evidence(Survey& survey, int error) {
   for (RegionSurvey& report : survey.regions) {
     if (report.kind != RegionKind::ram) continue;
     report.zeroed_pages = 0;
+    if (report.error) continue;
     report.error = MemoryError{.code = MemoryErrc::os,
                                .address = report.pages.start_address().value(),
                                .length = report.pages.bytes(),

@@ -23,12 +23,13 @@ import :toucher;
 
 // Why no mark is lost: marks are taken away with the lock alone, by clear and by Taken, a word at a time. A mark sets
 // its bits or its byte, or finds them set; either is before they are taken away, and then it is a mark made before, or
-// after, and then it stays. Bits that move down are below before they leave the slot above; who marks several pages
-// looks above first, and who marks one sets its byte whatever is above.
+// after, and then it stays. Bits that move down are below before they leave the slot above; who marks looks above
+// first, but for one page of one toucher that has a byte, which is set whatever is above.
 //
 // That a byte is stored where others change its word is no matter of C++: a processor has a line of the cache to itself
-// while it changes a word in it by a locked instruction (Intel SDM 3, 9.1; so does AMD), and another's store to a byte
-// of it is before that or after.
+// while it changes a word in it by a locked instruction (Intel SDM 3, "Locked Atomic Operations"; so does AMD), and
+// another's store to a byte of it is before that or after. Linux's own spin locks are released so
+// (asm-generic/qspinlock.h, queued_spin_unlock).
 //
 // Why a survey sees the marks that were made before it: the store of a byte may wait in its processor when mark()
 // returns. Who looks has each thread pass a barrier (membarrier), where that was to be had when the memory was made;

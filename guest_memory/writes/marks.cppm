@@ -149,10 +149,12 @@ inline void Marks::mark(PageRange pages, Touchers by) noexcept {
       auto* const byte = reinterpret_cast<std::uint8_t*>(leaf->words.data()) + page % MarkLeaf::pages;
       if (__atomic_load_n(byte, __ATOMIC_ACQUIRE) != 0) return;
       // Who looks has this thread pass a barrier, where that can be had.
-      if (map_.is_asymmetric())
+      if (map_.is_asymmetric()) {
         __atomic_store_n(byte, 1, __ATOMIC_RELEASE);
-      else
+        std::atomic_signal_fence(std::memory_order_seq_cst);
+      } else {
         __atomic_exchange_n(byte, 1, __ATOMIC_SEQ_CST);
+      }
       return;
     }
   }

@@ -166,6 +166,7 @@ TEST(Marks, AreOfAllRamWhileMembarrierIsRefused) {
     memory.mark_touched(page, Toucher::device);
     const Survey survey = memory.survey();
     if (!survey.zeroed().empty() || survey.regions[0].zeroed_pages != 0 || !survey.regions[0].error) return 4;
+    if (!memory.marks().pages().contains(*PageRange::make(start.page(), 16))) return 6;
     return survey.regions[0].error->os_error == EPERM ? 0 : 5;
   });
 }

@@ -260,6 +260,17 @@ TEST(MarksOfAnyMap, AreBesideEvidenceThatCrossesRegions) {
   EXPECT_EQ(memory.survey().touched, touched);
 }
 
+TEST(MarksOfAnyMap, OfNobodyAreOfSomebodyUnknown) {
+  GuestMemory memory(*MemoryMap::make({*Region::anonymous(GuestAddress(0), 16 * page_size)}));
+  memory.mark_touched(pages(3, 1), Touchers());
+  memory.mark_touched(pages(5, 2), static_cast<Toucher>(0x10));
+  TouchedMap expected;
+  expected.mark(pages(3, 1), Toucher::unknown);
+  expected.mark(pages(5, 2), Toucher::unknown);
+  EXPECT_EQ(memory.marks(), expected);
+  EXPECT_EQ(memory.survey().touched, expected.pages());
+}
+
 TEST(MarksOfAnyMap, WhereThereIsNoRamAreNotLost) {
   GuestMemory memory;
   // More than there are parts for.

@@ -88,7 +88,7 @@ constexpr Fault continue_faults[] = {{refused, EAGAIN}, {refused, ENOENT}, {refu
 constexpr Fault scan_faults[] = {{refused, EINTR},  {refused, ENOMEM}, {refused, ENOTTY},
                                  {refused, EFAULT}, {refused, EINVAL}, {refused, EPERM}};
 constexpr Fault sleep_faults[] = {{refused, EINTR}};
-constexpr Fault membarrier_faults[] = {{refused, EINVAL}, {refused, ENOSYS}, {refused, EPERM}};
+constexpr Fault membarrier_faults[] = {{refused, EINVAL}, {refused, ENOSYS}, {refused, EPERM}, {refused, ENOMEM}};
 constexpr Fault wake_op_faults[] = {{refused, EINTR}, {refused, EAGAIN}, {refused, ENOSYS}};
 
 constexpr SystemCallFaults all_faults[] = {
