@@ -123,6 +123,7 @@ static int look_up(const Userfault& userfault, const FileMapping& mapping, std::
   const auto host = reinterpret_cast<std::uintptr_t>(mapping.host);
   using Rest = std::ranges::subrange<ExtentList::Iterator>;
   std::vector<Rest> rests;
+  rests.reserve(known.size());
   for (const ExtentList& list : known)
     rests.emplace_back(list.begin(), list.end());
   // The pages that are asked for ascend.

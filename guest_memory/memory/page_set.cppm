@@ -22,7 +22,7 @@ public:
 
   /// Adds, removes or keeps only the pages given. Ranges that touch are joined. One range: O(1) behind all others, else
   /// O(log n) and moving up to all ranges behind it. A set: one pass over both.
-  inline void add(PageRange range) {
+  constexpr void add(PageRange range) {
     if (!range.empty() && (ranges_.empty() || ranges_.back().end() < range.first()))
       push_back(range);
     else
@@ -85,7 +85,7 @@ private:
   void add_among(PageRange range);
   /// From registers: a push_back of std::vector's, which may have to move all, takes it by address, and reads at once
   /// as a whole what was stored there in halves, for which a processor waits.
-  inline void push_back(PageRange range) {
+  constexpr void push_back(PageRange range) {
     ranges_.emplace_back();
     ranges_.back() = range;
   }
@@ -100,7 +100,7 @@ public:
   LargestRanges(std::size_t count, std::size_t shown) : count_(count) { heap_.reserve(std::min(count, shown)); }
 
   /// In ascending order. O(log count) for one that is larger than the least so far, else one comparison.
-  inline void add(PageRange range) {
+  constexpr void add(PageRange range) {
     if (range.count() > least_) add_large(range);
   }
   [[nodiscard]] std::vector<PageRange> take() &&;

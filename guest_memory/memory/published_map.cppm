@@ -46,7 +46,7 @@ public:
   };
 
   /// Whether all threads can be had to pass a barrier by those who need one, so that others need none.
-  [[nodiscard]] inline bool is_asymmetric() const { return is_asymmetric_; }
+  [[nodiscard]] constexpr bool is_asymmetric() const { return is_asymmetric_; }
   /// Has them do so: what each of them stored before is seen from then on, and what it loads after is as new. 0, or why
   /// the kernel refuses, as errno says.
   [[nodiscard]] static int pass_barriers();
