@@ -5,7 +5,9 @@
 #include <cstdlib>
 #include <fcntl.h>
 #include <spawn.h>
+#include <sstream>
 #include <stdexcept>
+#include <string>
 #include <sys/mman.h>
 #include <sys/wait.h>
 #include <system_error>
@@ -43,6 +45,19 @@ std::pair<int, int> make_terminal() {
   if (const int error = ptsname_r(near, name, sizeof name); error != 0)
     throw std::system_error(error, std::generic_category(), "ptsname_r");
   return {near, check(open(name, O_RDWR | O_NOCTTY | O_CLOEXEC), "open pts")};
+}
+
+std::string without_progress(const std::string& text) {
+  std::istringstream lines(text);
+  std::string kept;
+  for (std::string line; std::getline(lines, line);) {
+    if (line.starts_with("cppvmm-boot: the guest zeroes its memory, ") ||
+        line == "cppvmm-boot: the guest finds out what to zero")
+      continue;
+    kept += line;
+    if (!lines.eof()) kept += '\n';
+  }
+  return kept;
 }
 
 } // namespace
@@ -128,7 +143,9 @@ Ended Program::wait() {
 }
 
 Ended run_program(const std::string& path, const std::vector<std::string>& arguments) {
-  return Program(path, arguments).wait();
+  Ended ended = Program(path, arguments).wait();
+  ended.err = without_progress(ended.err);
+  return ended;
 }
 
 } // namespace cppvmm::testing

@@ -49,6 +49,8 @@ private:
   std::string terminal_text_;
 };
 
+/// Without the lines in which cppvmm-boot says how far its guest is, every ten seconds: a slow machine's runs have
+/// some.
 [[nodiscard]] Ended run_program(const std::string& path, const std::vector<std::string>& arguments);
 
 } // namespace cppvmm::testing
