@@ -581,8 +581,8 @@ TEST_F(ContentCheckOn, AnExecutorThatThrows) {
 }
 
 TEST_F(ContentCheckOn, APoolWhoseThreadsAreBusyUntilItReturned) {
+  std::latch returned(1); // which the pool's threads may still look at when they are joined
   ThreadPool pool(2);
-  std::latch returned(1);
   for (int i = 0; i < 2; ++i)
     pool.post([&returned] { returned.wait(); });
   expect_all_found([&pool](auto task) { pool.post(std::move(task)); });
@@ -605,10 +605,10 @@ TEST_F(ContentCheckOn, MemoryThatSomeoneBeginsToWatchMeanwhile) {
   ASSERT_TRUE(armed) << armed.error().message();
   memory.disarm_write_watch(region->start());
   for (int round = 0; round < 20; ++round) {
+    std::latch begun(1);
     std::jthread other;
     expect_all_found(
         [&](const auto&) {
-          std::latch begun(1);
           other = std::jthread([&] {
             begun.count_down();
             const auto watch = memory.arm_write_watch(region->start());
