@@ -44,18 +44,28 @@ std::atomic<std::int64_t> peak = 0;
 
 } // namespace
 
-// The thread sanitizer has its own, which nothing replaces: there nothing is counted.
+// The thread sanitizer has its own, which nothing replaces: there nothing is counted. The address sanitizer's own for
+// arrays do not call these.
 #if !__has_feature(thread_sanitizer)
 void* operator new(std::size_t size) { return counted(std::malloc(size == 0 ? 1 : size)); }
+void* operator new[](std::size_t size) { return counted(std::malloc(size == 0 ? 1 : size)); }
 void* operator new(std::size_t size, std::align_val_t alignment) { return take_aligned(size, alignment); }
+void* operator new[](std::size_t size, std::align_val_t alignment) { return take_aligned(size, alignment); }
 // A sanitizer's own would not be freed by ours.
 void* operator new(std::size_t size, const std::nothrow_t&) noexcept {
   return count(std::malloc(size == 0 ? 1 : size));
 }
+void* operator new[](std::size_t size, const std::nothrow_t&) noexcept {
+  return count(std::malloc(size == 0 ? 1 : size));
+}
 void operator delete(void* block) noexcept { give_back(block); }
+void operator delete[](void* block) noexcept { give_back(block); }
 void operator delete(void* block, std::size_t) noexcept { give_back(block); }
+void operator delete[](void* block, std::size_t) noexcept { give_back(block); }
 void operator delete(void* block, std::align_val_t) noexcept { give_back(block); }
+void operator delete[](void* block, std::align_val_t) noexcept { give_back(block); }
 void operator delete(void* block, std::size_t, std::align_val_t) noexcept { give_back(block); }
+void operator delete[](void* block, std::size_t, std::align_val_t) noexcept { give_back(block); }
 #endif
 
 namespace cppvmm::bench {

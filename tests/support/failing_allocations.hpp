@@ -95,14 +95,24 @@ inline void expect_nothing_left(const std::function<bool()>& call) {
 
 } // namespace cppvmm::test
 
+// The forms for arrays too: an address sanitizer's own do not call these.
 #if !__has_feature(thread_sanitizer)
 void* operator new(std::size_t bytes) { return cppvmm::test::allocate_or_throw(bytes, 1); }
+void* operator new[](std::size_t bytes) { return cppvmm::test::allocate_or_throw(bytes, 1); }
 void* operator new(std::size_t bytes, std::align_val_t alignment) {
   return cppvmm::test::allocate_or_throw(bytes, static_cast<std::size_t>(alignment));
 }
+void* operator new[](std::size_t bytes, std::align_val_t alignment) {
+  return cppvmm::test::allocate_or_throw(bytes, static_cast<std::size_t>(alignment));
+}
 void* operator new(std::size_t bytes, const std::nothrow_t&) noexcept { return cppvmm::test::allocate(bytes, 1); }
+void* operator new[](std::size_t bytes, const std::nothrow_t&) noexcept { return cppvmm::test::allocate(bytes, 1); }
 void operator delete(void* memory) noexcept { cppvmm::test::free_allocation(memory); }
+void operator delete[](void* memory) noexcept { cppvmm::test::free_allocation(memory); }
 void operator delete(void* memory, std::size_t) noexcept { cppvmm::test::free_allocation(memory); }
+void operator delete[](void* memory, std::size_t) noexcept { cppvmm::test::free_allocation(memory); }
 void operator delete(void* memory, std::align_val_t) noexcept { cppvmm::test::free_allocation(memory); }
+void operator delete[](void* memory, std::align_val_t) noexcept { cppvmm::test::free_allocation(memory); }
 void operator delete(void* memory, std::size_t, std::align_val_t) noexcept { cppvmm::test::free_allocation(memory); }
+void operator delete[](void* memory, std::size_t, std::align_val_t) noexcept { cppvmm::test::free_allocation(memory); }
 #endif
