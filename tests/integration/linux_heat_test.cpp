@@ -138,11 +138,11 @@ TEST_P(LinuxHeatComesBack, AllThatIsFreedAndNothingElse) {
   const auto& [transport, backing] = GetParam();
   std::optional<cppvmm::test::HugePagePool> pool;
   if (std::string_view(backing) == "hugetlb") {
-    auto taken = cppvmm::test::HugePagePool::take(256);
+    auto taken = cppvmm::test::HugePagePool::take(192);
     if (!taken) GTEST_SKIP() << taken.error();
     pool.emplace(std::move(*taken));
   }
-  load({"512M", 128, 128}, {"--hypercalls", transport, "--backing", backing});
+  load({"384M", 64, 64}, {"--hypercalls", transport, "--backing", backing});
   if (HasFatalFailure() || IsSkipped()) return;
   EXPECT_EQ(figures["hypercalls"], transport);
   // What came back is as good as what was never used: the next answer has it.
@@ -157,10 +157,10 @@ INSTANTIATE_TEST_SUITE_P(All, LinuxHeatComesBack,
                          });
 
 TEST_F(LinuxHeat, BlocksOfAllSizesAreTakenAndReadZero) {
-  load({"384M", 80, 80}, {"--hypercalls", "user", "--backing", "memfd"}, "read_back=1",
+  load({"256M", 40, 40}, {"--hypercalls", "user", "--backing", "memfd"}, "read_back=1",
        "echo 0 >/sys/module/page_reporting/parameters/page_reporting_order");
   if (HasFatalFailure() || IsSkipped()) return;
-  EXPECT_GT(after["read_pages"], 160 / 4) << "the largest blocks are 4 MiB";
+  EXPECT_GT(after["read_pages"], 80 / 4) << "the largest blocks are 4 MiB";
   EXPECT_EQ(after["data_pages"], 0);
   EXPECT_NE(number(after, "pages") % 512, 0U) << "smaller ones, too";
 }
