@@ -4,6 +4,7 @@
 #include "held.hpp"
 #include "system_calls.hpp"
 
+#include <algorithm>
 #include <cerrno>
 #include <cstddef>
 #include <cstdint>
@@ -65,17 +66,19 @@ struct FaultedWork {
 };
 
 /// Runs the work once with that fault, and compares. False where there is no such call, or no such way for it to fail.
-inline bool fail_system_call(const FaultedWork& faulted, std::size_t at, std::size_t which) {
+inline bool fail_system_call(const FaultedWork& faulted, std::size_t at, std::size_t which, long number = any_call) {
   const Held before = held_now();
   const std::size_t registered = held_by_userfaultfd();
   faulted.prepare();
-  const std::vector<SystemCall> calls = fault_system_call(faulted.work, at, which);
-  const bool is_faulted = at < calls.size() && calls[at].is_faulted;
+  const std::vector<SystemCall> calls = fault_system_call(faulted.work, at, which, number);
+  const auto call = std::ranges::find(calls, true, &SystemCall::is_faulted);
+  const bool is_faulted = call != calls.end();
   std::string what = "no call failed";
   if (is_faulted)
-    what = name_of(calls[at]) + " (call " + std::to_string(at) + ") " + to_string(faults_of(calls[at])->faults[which]);
+    what = name_of(*call) + " (call " + std::to_string(call - calls.begin()) + ") " +
+           to_string(faults_of(*call)->faults[which]);
   const testing::ScopedTrace trace(__FILE__, __LINE__, what);
-  if (is_faulted && calls[at].number == SYS_munmap) expect_given_back(calls[at]);
+  if (is_faulted && call->number == SYS_munmap) expect_given_back(*call);
   faulted.check();
   faulted.finish();
   EXPECT_EQ(held_now(), before);

@@ -259,7 +259,8 @@ struct Catcher {
   volatile char selector = 0;
   CodeRange library;
   std::vector<SystemCall> calls;
-  std::size_t at = most_calls;
+  long number = any_call;
+  std::size_t before = most_calls; ///< So many calls of that number are left alone.
   std::size_t which = 0;
   iovec shorter{}; ///< Instead of the only part of a call that is shortened.
 };
@@ -310,7 +311,8 @@ static bool inject(const Fault& fault, SystemCall& call) {
   }
   const bool counts = from >= caught.library.begin && from < caught.library.end && call.number != SYS_prctl &&
                       caught.calls.size() < caught.calls.capacity();
-  const SystemCallFaults* const row = counts && caught.calls.size() == caught.at ? faults_of(call) : nullptr;
+  const bool is_chosen = counts && (caught.number == any_call || caught.number == call.number) && caught.before-- == 0;
+  const SystemCallFaults* const row = is_chosen ? faults_of(call) : nullptr;
   call.is_faulted = row != nullptr && caught.which < row->faults.size();
   const bool is_answered = call.is_faulted && inject(row->faults[caught.which], call);
   if (!is_answered)
@@ -385,12 +387,14 @@ std::vector<SystemCall> record_system_calls(const std::function<void()>& work) {
   return fault_system_call(work, Catcher::most_calls, 0);
 }
 
-std::vector<SystemCall> fault_system_call(const std::function<void()>& work, std::size_t at, std::size_t which) {
+std::vector<SystemCall> fault_system_call(const std::function<void()>& work, std::size_t at, std::size_t which,
+                                          long number) {
   static const CodeRange library = c_library();
   Catcher to;
   to.library = library;
   to.calls.reserve(Catcher::most_calls);
-  to.at = at;
+  to.number = number;
+  to.before = at;
   to.which = which;
   const Catching catching(to);
   if (!catching.is_on()) return {};
@@ -408,7 +412,7 @@ namespace cppvmm::test {
 
 std::string system_calls_missing() { return "not on this processor"; }
 std::vector<SystemCall> record_system_calls(const std::function<void()>&) { return {}; }
-std::vector<SystemCall> fault_system_call(const std::function<void()>&, std::size_t, std::size_t) { return {}; }
+std::vector<SystemCall> fault_system_call(const std::function<void()>&, std::size_t, std::size_t, long) { return {}; }
 
 } // namespace cppvmm::test
 

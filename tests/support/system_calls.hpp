@@ -41,6 +41,8 @@ struct SystemCallFaults {
   std::span<const Fault> faults;
 };
 inline constexpr unsigned long any_request = ~0UL;
+/// Instead of a call's number.
+inline constexpr long any_call = -1;
 
 /// Of the call; null where it is not listed.
 [[nodiscard]] const SystemCallFaults* faults_of(const SystemCall& call);
@@ -55,9 +57,9 @@ inline constexpr unsigned long any_request = ~0UL;
 /// What `work` calls on this thread. (What the allocator calls is among it, unless it has memory enough.)
 [[nodiscard]] std::vector<SystemCall> record_system_calls(const std::function<void()>& work);
 
-/// The same, with the fault number `which` of those that its `at`-th call can meet with. Where it has fewer, or fewer
-/// calls are made, all succeed, and none is marked as faulted.
+/// The same, with the fault number `which` of those that its `at`-th call, of those with this number, can meet with.
+/// Where it has fewer, or fewer calls are made, all succeed, and none is marked as faulted.
 [[nodiscard]] std::vector<SystemCall> fault_system_call(const std::function<void()>& work, std::size_t at,
-                                                        std::size_t which);
+                                                        std::size_t which, long number = any_call);
 
 } // namespace cppvmm::test
