@@ -314,6 +314,7 @@ MemoryResult<Discarded> GuestMemory::reset(const PageSet& keep) {
 GuestMemory::State::Surveys::Given GuestMemory::State::survey(const SurveyOptions& options,
                                                               const SurveyStop& stop) const {
   constexpr int attempts = 4;
+  const SurveyStopScope scope(stop);
   std::optional<ContentBudget> budget;
   if (options.content_check) budget.emplace(*options.content_check, &stop);
   for (int attempt = 1;; ++attempt) {
@@ -324,7 +325,8 @@ GuestMemory::State::Surveys::Given GuestMemory::State::survey(const SurveyOption
     const bool current = map.snapshot() == seen;
     const bool is_stopped = stop.is_set();
     if (!current && !is_stopped && attempt < attempts) continue;
-    if (!current) survey.touched = survey.ram;
+    if (!current)
+      lose_evidence(survey, {.code = MemoryErrc::stopped, .operation = "the map was replaced during each look"});
     return {.result = std::move(survey), .may_be_shared = !is_stopped};
   }
 }

@@ -128,11 +128,13 @@ public:
   /// that held data before the call began is left out of `zeroed`, whoever wrote it: this process, a vCPU, or another
   /// process that shares the memfd. Throws std::bad_alloc, and fails in no other way: where evidence can't be had,
   /// memory counts as touched and the region's report says why. When the map is replaced meanwhile the survey starts
-  /// over, at most 3 times; after that everything counts as touched. Costs system calls in proportion to the number of
-  /// touched extents, and where private memory may have transparent huge pages a membarrier(2), which waits some 10 ms,
-  /// once for all regions; where pages are marked another one, which interrupts the processors that run threads of this
-  /// process, vCPUs among them. No guest memory is touched unless a look at its content is asked for (but for a byte of
-  /// each huge page that is there, before Linux 6.7).
+  /// over, at most 3 times; after that everything counts as touched, and each region's error is `stopped`.
+  ///
+  /// Costs system calls in proportion to the number of touched extents, and where private memory may have transparent
+  /// huge pages a membarrier(2), which waits some 10 ms, once for all regions. Where pages are marked it costs another
+  /// one, which interrupts the processors that run threads of this process, vCPUs among them, and a pass over the
+  /// marks: 32 KiB for each toucher and 128 MiB that have some. No guest memory is touched unless a look at its content
+  /// is asked for (but for a byte of each huge page that is there, before Linux 6.7).
   ///
   /// At most two surveys are made at once (set_most_surveys). Who calls while as many are in progress waits, and has
   /// the next one together with all who wait: it begins after each of them has called, and what an option leaves out is

@@ -19,7 +19,7 @@ export enum class MemoryErrc : std::uint8_t {
   wrong_nature,     ///< Adopted memory is not of the kind that the embedder stated.
   os,               ///< A system call failed; `os_error` says how.
   inaccessible, ///< The host has no memory to give at the address; `os_error`: EFAULT, or EHWPOISON for lost memory.
-  stopped,      ///< A survey ended early, as it was asked to, or because its time was over.
+  stopped,      ///< A survey ended early: it was asked to, its time was over, or the map was replaced all the time.
 };
 
 /// An error of this module, with its data.

@@ -26,10 +26,11 @@ export struct SurveyOptions {
   /// Whether to look at the content of touched pages: what reads zero counts as zeroed, although it may be in use.
   std::optional<ContentCheckOptions> content_check = std::nullopt;
   /// Ends the survey early, in a bounded time after it was asked to: what has not been looked at by then counts as
-  /// touched, and its RegionSurvey::error is `stopped`. Bounded by a call to the kernel about one region, or one about
-  /// all mappings of the process; by the 2 MiB that a look at content is at; and by what it has to wait for beside: a
-  /// discard, a WriteLog::collect, another survey's look at huge pages or at the same log; before Linux 6.7 also by one
-  /// pass over all huge pages of the process.
+  /// touched, and its RegionSurvey::error is `stopped`; so does all RAM where somebody holds the marks (a discard,
+  /// clear_marks, marks, another survey). Bounded by a call to the kernel about one region, or one about all mappings
+  /// of the process; by the 2 MiB that a look at content is at; by one pass over the marks, which are 32 KiB for each
+  /// toucher and 128 MiB that have some; and by what it has to wait for beside: a WriteLog::collect, another survey's
+  /// look at huge pages or at the same log; before Linux 6.7 also by one pass over all huge pages of the process.
   std::stop_token stop{};
   /// The same when so much time has passed since the call.
   std::chrono::nanoseconds max_time = std::chrono::nanoseconds::max();
@@ -61,8 +62,8 @@ export struct RegionSurvey {
   /// content is the evidence; they count as touched.
   std::uint64_t unaccounted_pages = 0;
   /// Zero pages counted as touched because touched pages are scattered over more than 2^18 extents, in this region or
-  /// in all of them together, which bounds the memory that a guest can make a survey use. The 2^17 largest zeroed
-  /// ranges are never given up.
+  /// in all of them together, which bounds the memory that a guest can make a survey use. Of each region by itself, and
+  /// of all together, the 2^17 largest gaps are never given up.
   std::uint64_t given_up_pages = 0;
   /// Why there is no evidence, or nothing comes of it as the marks could not be seen, when a call failed.
   std::optional<MemoryError> error = std::nullopt;
@@ -81,7 +82,8 @@ export struct Survey {
   /// SurveyOptions::leave_out, be it RAM or not.
   PageSet left_out;
   /// Who wrote, as far as it is known: what RAM was marked by hand, what a write log and its record of the accessors
-  /// show. The other touched pages have an unknown writer, and so have those beyond the 2^18 largest ranges.
+  /// show. The other touched pages have an unknown writer, and so have those for which there is no room in 2^18
+  /// entries: the smaller ranges of what comes later, which are marks.
   TouchedMap touchers;
   std::vector<RegionSurvey> regions;
   std::chrono::nanoseconds cost{}; ///< Of the whole, as GuestMemory::survey makes it.

@@ -18,6 +18,7 @@ import :page_set;
 import :region;
 import :survey;
 import :survey_bound;
+import :survey_stop;
 import :touched_map;
 import :toucher;
 
@@ -104,29 +105,32 @@ private:
   std::vector<TouchedMap::Entry> entries_;
 };
 
+/// For ranges that do not overlap. One within another's entry makes three of it.
 static std::size_t room_for_touchers(const Survey& survey) {
-  return most_survey_ranges - std::min(most_survey_ranges, survey.touchers.entry_count());
+  const std::size_t entries = survey.touchers.entry_count();
+  return (most_survey_ranges - std::min(most_survey_ranges, entries)) / (entries == 0 ? 1 : 2);
 }
 
-/// Of marks that cannot be seen, none is passed over.
-static void lose_evidence(Survey& survey, int error) {
+void lose_evidence(Survey& survey, const MemoryError& why) {
   survey.touched = survey.ram;
   for (RegionSurvey& report : survey.regions) {
     if (report.kind != RegionKind::ram) continue;
     report.zeroed_pages = 0;
     if (report.error) continue;
-    report.error = MemoryError{.code = MemoryErrc::os,
-                               .address = report.pages.start_address().value(),
-                               .length = report.pages.bytes(),
-                               .os_error = error,
-                               .operation = "membarrier, to see all marks"};
+    report.error = why;
+    report.error->address = report.pages.start_address().value();
+    report.error->length = report.pages.bytes();
   }
 }
 
 void add_marks(Survey& survey, const Marks& marks) {
   const Marks::View view(marks);
+  // Of marks that cannot be seen, none is passed over.
+  if (!view.is_held()) return lose_evidence(survey, survey_stopped(0, 0));
   if (view.is_blank()) return;
-  if (view.error() != 0) return lose_evidence(survey, view.error());
+  if (view.error() != 0)
+    return lose_evidence(
+        survey, {.code = MemoryErrc::os, .os_error = view.error(), .operation = "membarrier, to see all marks"});
   LargestMarks touchers(room_for_touchers(survey));
   const PageSet evidence = std::exchange(survey.touched, {});
   survey.ram = {};

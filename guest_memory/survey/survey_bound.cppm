@@ -4,6 +4,7 @@ module;
 #include "../memory/extents.hpp"
 
 module cppvmm.guest_memory:survey_bound;
+import :error;
 import :marks;
 import :page_set;
 import :survey;
@@ -19,7 +20,11 @@ inline constexpr std::size_t most_survey_ranges = ExtentList::default_limit;
 /// any that it could have room for; one that reaches to the end of the RAM so far is kept, for it may go on.
 void bound_ranges(Survey& survey);
 
-/// Adds what is marked of the regions that the survey has, which it bounds anew.
+/// All RAM counts as touched, for that reason: of each region that has no other.
+void lose_evidence(Survey& survey, const MemoryError& why);
+
+/// Adds what is marked of the regions that the survey has, which it bounds anew. Where others hold the marks until the
+/// survey is to end, all RAM counts as touched.
 void add_marks(Survey& survey, const Marks& marks);
 
 /// Notes who touched the pages, of the largest ranges where there are too many.

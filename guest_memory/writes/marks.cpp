@@ -3,6 +3,7 @@ module;
 #include <array>
 #include <atomic>
 #include <bit>
+#include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
@@ -19,6 +20,7 @@ import :memory_map;
 import :page_set;
 import :published_map;
 import :region;
+import :survey_stop;
 import :toucher;
 
 // Why no mark is lost: marks are taken away with the lock alone, by clear and by Taken, a word at a time. A mark sets
@@ -259,10 +261,15 @@ Marks::Taken::~Taken() {
       word.fetch_or(taken.bits, std::memory_order_acq_rel);
 }
 
-Marks::View::View(const Marks& marks) : marks_(marks), lock_(marks.taking_) {
+Marks::View::View(const Marks& marks) : marks_(marks), lock_(marks.taking_, std::defer_lock) {
+  constexpr std::chrono::milliseconds at_a_time(10);
+  while (!lock_.try_lock_for(at_a_time))
+    if (is_survey_stopped()) return;
   // The first mark of all is more than the store of a byte.
   if (!is_blank() && marks.map_.is_asymmetric()) error_ = PublishedMap::pass_barriers();
 }
+
+Marks::View::~View() = default;
 
 bool Marks::View::is_blank() const {
   return std::ranges::all_of(marks_.nodes_,

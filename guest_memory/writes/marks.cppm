@@ -59,7 +59,13 @@ public:
   /// To look at the marks: while it lives, none is taken away.
   class View {
   public:
+    /// Waits for others; of a survey that is stopped meanwhile, no longer (is_held).
     explicit View(const Marks& marks);
+    View(const View&) = delete;
+    View& operator=(const View&) = delete;
+    ~View();
+    /// If not, all else must not be called.
+    [[nodiscard]] bool is_held() const { return lock_.owns_lock(); }
     /// Whether there is nothing to look at.
     [[nodiscard]] bool is_blank() const;
     /// 0: all marks that had been made before are seen. Else why not all may be, as errno says.
@@ -69,7 +75,7 @@ public:
 
   private:
     const Marks& marks_;
-    std::lock_guard<std::mutex> lock_;
+    std::unique_lock<std::timed_mutex> lock_;
     int error_ = 0;
   };
 
@@ -91,7 +97,7 @@ public:
       std::uint64_t bits;
     };
     void add(MarkWord& word, std::uint64_t bits);
-    std::lock_guard<std::mutex> lock_;
+    std::lock_guard<std::timed_mutex> lock_;
     std::vector<Bits> taken_;
   };
 
@@ -119,7 +125,7 @@ private:
   std::array<MarkWord, (guest_space_end >> page_shift) / MarkNode::pages> nodes_{};
   Allowance some_nodes_{8};
   Allowance some_leaves_{128};
-  mutable std::mutex taking_; // held by who takes marks away, or looks at them
+  mutable std::timed_mutex taking_; // held by who takes marks away, or looks at them
 };
 
 /// What a slot has beside its pointer.

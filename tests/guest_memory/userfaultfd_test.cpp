@@ -1,10 +1,12 @@
 #include <array>
 #include <atomic>
 #include <cerrno>
+#include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <fcntl.h>
 #include <gtest/gtest.h>
+#include <latch>
 #include <linux/userfaultfd.h>
 #include <optional>
 #include <poll.h>
@@ -40,7 +42,9 @@ class SnapshotHandler {
 public:
   static constexpr std::uint8_t snapshot_byte = 0xAA;
 
-  explicit SnapshotHandler(const void* host) : host_(reinterpret_cast<std::uintptr_t>(host)) {
+  /// `begins`: what it does nothing before.
+  explicit SnapshotHandler(const void* host, std::latch* begins = nullptr)
+      : host_(reinterpret_cast<std::uintptr_t>(host)), begins_(begins) {
     snapshot_.fill(std::byte{snapshot_byte});
     const auto open = [](int flags) {
       return test::Descriptor(static_cast<int>(syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK | flags)));
@@ -73,9 +77,15 @@ public:
 
   [[nodiscard]] bool is_registered() const { return is_registered_; }
   [[nodiscard]] unsigned removals() const { return removals_; }
+  /// Until somebody waits for it.
+  void wait_for_message() const {
+    pollfd wait{fd_.number(), POLLIN, 0};
+    EXPECT_EQ(poll(&wait, 1, -1), 1);
+  }
 
 private:
   void serve() {
+    if (begins_ != nullptr) begins_->wait();
     std::array<pollfd, 2> wait{{{fd_.number(), POLLIN, 0}, {stop_.number(), POLLIN, 0}}};
     for (;;) {
       if (poll(wait.data(), wait.size(), -1) < 0 || wait[1].revents != 0) return;
@@ -100,6 +110,7 @@ private:
   alignas(page_size) std::array<std::byte, page_size> snapshot_{};
   alignas(page_size) std::array<std::byte, page_size> zeros_{};
   std::uintptr_t host_;
+  std::latch* begins_;
   std::optional<FaultGuard> guard_;
   test::Descriptor fd_;
   test::Descriptor stop_;
@@ -198,6 +209,30 @@ TEST_P(SnapshotOnDemand, DoesNotComeBackAfterADiscardOfLockedMemory) {
   EXPECT_EQ(byte_of(3), 0);
   EXPECT_EQ(byte_of(4), 0);
   EXPECT_EQ(byte_of(5), SnapshotHandler::snapshot_byte);
+}
+
+// A discard holds the marks until the handler has been told.
+TEST(SurveyBesideADiscard, IsStoppedInTimeAndReportsNothing) {
+  if (!test::machine_facts().userfaultfd) GTEST_SKIP() << "this kernel, or this process, has no userfaultfd";
+  const Region discarded = *Region::anonymous(GuestAddress(0), bytes);
+  const Region other = *Region::anonymous(GuestAddress(bytes), bytes);
+  GuestMemory memory(*MemoryMap::make({discarded, other}));
+  memory.mark_touched(pages(count, 1), Toucher::device);
+  std::latch begins(1);
+  const SnapshotHandler handler(discarded.host_address(), &begins);
+  ASSERT_TRUE(handler.is_registered());
+  std::jthread discarding([&] { EXPECT_TRUE(memory.discard(pages(0, 2))); });
+  handler.wait_for_message();
+
+  const Survey stopped = memory.survey({.max_time = std::chrono::milliseconds(20)});
+  EXPECT_TRUE(stopped.zeroed().empty());
+  for (const RegionSurvey& region : stopped.regions)
+    EXPECT_EQ(region.zeroed_pages, 0U);
+  EXPECT_TRUE(stopped.regions[1].error && stopped.regions[1].error->code == MemoryErrc::stopped);
+
+  begins.count_down();
+  discarding.join();
+  EXPECT_EQ(memory.survey().zeroed(), PageSet(pages(count + 1, count - 1)));
 }
 
 } // namespace
