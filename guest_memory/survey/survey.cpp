@@ -7,6 +7,7 @@ module;
 #include <memory>
 #include <mutex>
 #include <optional>
+#include <ranges>
 #include <span>
 #include <utility>
 #include <vector>
@@ -66,23 +67,53 @@ ExtentList data_among(const Region& region, const ExtentList& pages) {
       .touched;
 }
 
+/// Adds the pages of all the lists, which count from the start of `region`; the set has none behind it.
+static void add_union(PageSet& set, PageRange region, std::span<const ExtentList> lists) {
+  struct Rest {
+    ExtentList::Iterator next;
+    ExtentList::Iterator end;
+  };
+  std::vector<Rest> rest;
+  for (const ExtentList& list : lists)
+    if (!list.empty()) rest.push_back({list.begin(), list.end()});
+  const auto add_next = [&](Rest& of) {
+    const Extent extent = *of.next++;
+    set.add(*PageRange::make(PageNumber(region.first().value() + extent.first), extent.count));
+  };
+  while (rest.size() > 1) {
+    const auto lowest = std::ranges::min_element(rest, {}, [](const Rest& each) { return (*each.next).first; });
+    add_next(*lowest);
+    if (lowest->next == lowest->end) rest.erase(lowest);
+  }
+  if (rest.empty()) return;
+  while (rest.front().next != rest.front().end)
+    add_next(rest.front());
+}
+
+/// How many extents the largest has: with the same in all, which is usual, as many as all have together.
+static std::size_t most_extents(std::span<const ExtentList> lists) {
+  std::size_t most = 0;
+  for (const ExtentList& list : lists)
+    most = std::max(most, list.size());
+  return most;
+}
+
 /// The pages of all the lists, which count from the start of `region`.
 static PageSet union_of(PageRange region, std::span<const ExtentList> lists) {
   PageSet result;
-  const auto add_to = [&](PageSet& set, const ExtentList& list) {
-    set.reserve(list.size());
-    for (const Extent extent : list)
-      set.add(*PageRange::make(PageNumber(region.first().value() + extent.first), extent.count));
-  };
-  if (lists.empty()) return result;
-  add_to(result, lists.front());
-  // Each list by itself, so that all are added in ascending order.
-  for (const ExtentList& list : lists.subspan(1)) {
-    PageSet more;
-    add_to(more, list);
-    result.add(more);
-  }
+  result.reserve(most_extents(lists));
+  add_union(result, region, lists);
   return result;
+}
+
+/// How many pages the set has from `first` on.
+static std::uint64_t pages_from(const PageSet& set, PageNumber first) {
+  std::uint64_t count = 0;
+  for (const PageRange& range : std::views::reverse(set.ranges())) {
+    if (range.end() <= first) break;
+    count += range.end().value() - std::max(range.first(), first).value();
+  }
+  return count;
 }
 
 using Clock = std::chrono::steady_clock;
@@ -230,61 +261,70 @@ static void add_broken(PageSet& touched, const Region& region, EvidenceSource so
     for (const ExtentList& list : *broken)
       report.given_up_pages += list.given_up_pages();
   } else {
-    touched = PageSet(region.pages());
+    touched.add(region.pages());
     report.error = broken.error();
   }
 }
 
-/// Surveys one region of RAM, of which `evidence` is known: adds to the survey's sets, and fills the report.
+/// Surveys one region of RAM, which lies behind all that the survey has and of which `evidence` is known: adds to the
+/// survey's sets, and fills the report.
 static void survey_region(const Region& region, RegionEvidence evidence, const SurveyOptions& options,
                           const WriteKnowledge& writes, ContentBudget* budget, const SurveyStop& stop, Survey& survey,
                           RegionSurvey& report) {
   report.evidence = evidence.kind;
   report.unaccounted_pages = evidence.unaccounted_pages;
   report.error = evidence.error;
-  PageSet touched(region.pages());
-  if (evidence.kind != Evidence::none) {
-    touched = union_of(region.pages(), evidence.touched);
+  const PageRange pages = region.pages();
+  const auto is_of_region = [&](const auto& watch) { return watch->region() == region; };
+  // Of what may be narrowed down there is a set of its own; all else is added to the survey's at once.
+  PageSet own;
+  const bool has_own = budget != nullptr || writes.log || std::ranges::any_of(writes.watches, is_of_region);
+  PageSet& touched = has_own ? own : survey.touched;
+  if (evidence.kind == Evidence::none) {
+    touched.add(pages);
+  } else {
+    if (has_own) own.reserve(most_extents(evidence.touched));
+    add_union(touched, pages, evidence.touched);
     for (const ExtentList& list : evidence.touched)
       report.given_up_pages += list.given_up_pages();
     evidence.touched = {};
   }
-  report.touched_pages = touched.page_count();
+  report.touched_pages = pages_from(touched, pages.first());
   // What comes next has nothing to say of memory of which nothing is known.
   if (evidence.is_foreign || (evidence.kind == Evidence::none && stop.is_set())) {
-    survey.touched.add(touched);
+    if (has_own) survey.touched.add(std::move(own));
     return;
   }
   PageSet whole;
-  if (budget && is_private_hugetlb(region.backing())) whole = touched;
+  if (budget && is_private_hugetlb(region.backing())) whole = own;
   for (const auto& watch : writes.watches)
-    if (watch->region() == region) report.watch = narrow(touched, *watch);
+    if (is_of_region(watch)) report.watch = narrow(own, *watch);
   LoggedWrites logged;
   const bool is_logged = writes.log && !stop.is_set();
   if (is_logged) {
     const std::scoped_lock lock(writes.log->mutex);
     for (const auto& record : writes.log->records) {
-      if (record->region() != region) continue;
-      WatchReport narrowed = narrow(touched, *writes.log, *record, logged);
+      if (!is_of_region(record)) continue;
+      WatchReport narrowed = narrow(own, *writes.log, *record, logged);
       if (narrowed.error || (writes.log->is_complete && traits_of(region.backing()).is_watchable))
         report.log = narrowed;
     }
   }
   if (budget)
-    check_content(touched, whole, region, *options.content_check, *budget, *writes.content_checks, options.source,
-                  report);
+    check_content(own, whole, region, *options.content_check, *budget, *writes.content_checks, options.source, report);
   add_broken(touched, region, options.source, report);
   if (is_logged) {
     // A page that was discarded since is in the log, and not touched.
-    logged.logged.intersect(touched);
-    logged.recorded.intersect(touched);
+    logged.logged.intersect(own);
+    logged.recorded.intersect(own);
     mark_bounded(survey, logged.logged, writes.log->log.by);
     mark_bounded(survey, logged.recorded, Toucher::host);
   }
-  report.zeroed_pages = region.pages().count() - touched.page_count();
+  const std::uint64_t touched_pages = pages_from(touched, pages.first());
+  report.zeroed_pages = pages.count() - touched_pages;
   // Several looks may have given up the same gaps.
-  report.given_up_pages = std::min(report.given_up_pages, touched.page_count());
-  survey.touched.add(std::move(touched));
+  report.given_up_pages = std::min(report.given_up_pages, touched_pages);
+  if (has_own) survey.touched.add(std::move(own));
 }
 
 /// Regions of which nothing is looked up any more.
@@ -300,11 +340,16 @@ static std::vector<KnownRegion> unknown_regions(std::span<const Region> regions)
 
 Survey survey_map(const MemoryMap& map, const SurveyOptions& options, const WriteKnowledge& writes,
                   ContentBudget* budget, const SurveyStop& stop) {
-  const SurveyStopScope scope(stop);
   Survey survey;
   for (std::span<const Region> rest = map.regions(); !rest.empty();) {
     std::vector<KnownRegion> known = stop.is_set() ? unknown_regions(rest) : known_regions(rest, options.source);
     rest = rest.subspan(known.size());
+    if (!budget && !writes.log && writes.watches.empty()) {
+      std::size_t extents = survey.touched.range_count();
+      for (const KnownRegion& each : known)
+        extents += most_extents(each.evidence.touched);
+      survey.touched.reserve(extents);
+    }
     for (KnownRegion& each : known) {
       const Region& region = *each.region;
       RegionSurvey report{.pages = region.pages(), .kind = region.kind(), .backing = region.backing()};

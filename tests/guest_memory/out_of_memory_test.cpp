@@ -5,6 +5,8 @@
 #include <gtest/gtest.h>
 #include <new>
 #include <string>
+#include <sys/mman.h>
+#include <utility>
 #include <vector>
 
 #include "support/failing_allocations.hpp"
@@ -151,6 +153,39 @@ TEST(OutOfMemoryMarks, TakeBoundedMemoryWhereThereIsNoRam) {
   const PageSet marked = memory.marks().pages();
   for (std::uint64_t page = 9; page < all; page += 64 * leaf)
     ASSERT_TRUE(marked.contains(PageNumber(page))) << page;
+}
+
+/// Whether memory is looked at twice, as it may have huge pages.
+class MemoryOfASurvey : public testing::TestWithParam<bool> {};
+
+INSTANTIATE_TEST_SUITE_P(LookedAt, MemoryOfASurvey, testing::Values(false, true),
+                         [](const auto& info) { return info.param ? "Twice" : "Once"; });
+
+// The second region has most extents, as the RAM above 4 GiB has.
+TEST_P(MemoryOfASurvey, FollowsTheExtentsOfAllRegionsTogether) {
+  if (!test::replaces_allocations) GTEST_SKIP() << test::allocations_are_not_replaced;
+  constexpr std::uint64_t extents[] = {4000, 20'000, 8000};
+  std::vector<Region> regions;
+  std::uint64_t all = 0;
+  std::uint64_t start = 0;
+  for (const std::uint64_t each : extents) {
+    const std::uint64_t region_bytes = 2 * each * page_size;
+    regions.push_back(*Region::anonymous(GuestAddress(start), region_bytes));
+    auto* const host = static_cast<volatile char*>(regions.back().host_address());
+    madvise(regions.back().host_address(), region_bytes, MADV_NOHUGEPAGE);
+    for (std::uint64_t i = 0; i < each; ++i)
+      host[2 * i * page_size] = 1;
+    if (GetParam()) madvise(regions.back().host_address(), region_bytes, MADV_HUGEPAGE);
+    all += each;
+    start += region_bytes;
+  }
+  const GuestMemory memory(*MemoryMap::make(std::move(regions)));
+  static_cast<void>(memory.survey());
+  const std::size_t before = test::bytes_held;
+  test::most_bytes_held = before;
+  const Survey survey = memory.survey();
+  EXPECT_LE(test::most_bytes_held - before, all * 24 + (std::size_t{32} << 10));
+  EXPECT_LE(survey.touched.range_count(), all);
 }
 
 // What throws has either added the extent or changed nothing.
