@@ -599,6 +599,21 @@ TEST_F(ContentCheckOn, AnExecutorThatRunsTasksWhenTheMemoryIsGone) {
     task();
 }
 
+TEST_F(ContentCheckOn, MemoryWhoseMapIsReplacedDuringEachLook) {
+  unsigned looks = 0;
+  const TaskExecutor replace = [&](const auto&) {
+    ++looks;
+    memory.replace(*MemoryMap::make({*region}));
+  };
+  const Survey survey = memory.survey(with({.executor = replace, .parallel_tasks = 1}));
+  EXPECT_EQ(looks, 4U);
+  EXPECT_TRUE(survey.zeroed().empty());
+  EXPECT_EQ(survey.regions[0].zeroed_pages, 0U);
+  ASSERT_TRUE(survey.regions[0].error);
+  EXPECT_EQ(survey.regions[0].error->code, MemoryErrc::stopped);
+  expect_all_found(nullptr);
+}
+
 TEST_F(ContentCheckOn, MemoryThatSomeoneBeginsToWatchMeanwhile) {
   if (!test::machine_facts().async_write_protect) GTEST_SKIP() << no_watch;
   const auto armed = memory.arm_write_watch(region->start());
