@@ -273,6 +273,11 @@ void GuestMemory::clear_marks(PageRange pages) noexcept { state_->marks.clear(pa
 TouchedMap GuestMemory::marks() const {
   TouchedMap result;
   const Marks::View view(state_->marks);
+  // Called by what a survey calls, which is to end.
+  if (!view.is_held()) {
+    result.mark(every_page, Toucher::unknown);
+    return result;
+  }
   view.for_each(every_page, [&](PageRange pages, Touchers by) {
     result.mark(pages, by);
     if (result.entry_count() > 2 * most_marks) result.join_neighbours(most_marks);
