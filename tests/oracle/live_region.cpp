@@ -210,13 +210,17 @@ std::byte* LiveRegion::host(std::uint64_t page) const {
   return static_cast<std::byte*>(region_->host_address()) + page * page_size;
 }
 
+bool LiveRegion::gets_huge_pages() const {
+  return spec_.thp == Thp::wanted || (spec_.thp == Thp::unstated && test::machine_facts().thp_unasked());
+}
+
 bool LiveRegion::is_coarse() const {
   if (is_hugetlb(spec_.memory)) return true;
   const test::MachineFacts& machine = test::machine_facts();
   switch (spec_.memory) {
   case Memory::anonymous:
   case Memory::adopted_anonymous:
-    return spec_.thp == Thp::wanted || (spec_.thp == Thp::unstated && machine.thp_unasked());
+    return gets_huge_pages();
   case Memory::memfd:
   case Memory::adopted_memfd:
   case Memory::shared_anonymous:
@@ -400,12 +404,24 @@ Reason LiveRegion::reason(std::uint32_t page, SurveyMode mode) const {
   return Reason::none;
 }
 
+bool LiveRegion::may_be_merged() const {
+  switch (spec_.memory) {
+  case Memory::adopted_anonymous:
+  case Memory::unknown:
+    return true;
+  case Memory::adopted_private_file:
+    return facts.replaced;
+  default:
+    return false;
+  }
+}
+
 bool LiveRegion::may_come_with(std::uint32_t page, const LiveRegion& neighbour) const {
-  const auto is_mergeable = [](const LiveRegion& live) {
-    return (live.spec_.memory == Memory::anonymous || live.spec_.memory == Memory::adopted_anonymous) &&
-           live.is_coarse();
+  const auto brings_huge_pages = [](const LiveRegion& live) {
+    return live.is_coarse() || (live.spec_.memory == Memory::unknown && live.gets_huge_pages());
   };
-  if (!is_mergeable(*this) || !is_mergeable(neighbour)) return false;
+  if (!may_be_merged() || !neighbour.may_be_merged()) return false;
+  if (!brings_huge_pages(*this) || !brings_huge_pages(neighbour)) return false;
   const auto number = [](const LiveRegion& live) { return reinterpret_cast<std::uintptr_t>(live.host(0)) / page_size; };
   const std::uint64_t first = (number(*this) + page) / huge_pages * huge_pages;
   const std::uint64_t from = std::max(first, number(neighbour));

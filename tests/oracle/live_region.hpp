@@ -95,8 +95,11 @@ public:
   void set_content(std::uint32_t page, Content content) { contents_[page] = content; }
   /// Why the page may be missing, all things considered but those that concern the answer.
   [[nodiscard]] Reason reason(std::uint32_t page, SurveyMode mode) const;
+  /// Whether it has private anonymous memory that the library has not mapped, and so has no guard pages. Of mappings of
+  /// such that are alike and lie side by side the kernel makes one.
+  [[nodiscard]] bool may_be_merged() const;
   /// Whether a page of `neighbour` that is, or was, in use can have brought this one, in a huge page over the end of
-  /// both: of private mappings that are alike and lie side by side the kernel makes one.
+  /// both.
   [[nodiscard]] bool may_come_with(std::uint32_t page, const LiveRegion& neighbour) const;
   RegionFacts facts;
 
@@ -124,6 +127,8 @@ public:
 
 private:
   LiveRegion() = default;
+  /// Whether its private anonymous memory comes in units of 2 MiB.
+  [[nodiscard]] bool gets_huge_pages() const;
   [[nodiscard]] std::expected<void, std::string> open_snapshot(std::uint64_t slice);
   [[nodiscard]] std::expected<void, std::string> prepare();
   [[nodiscard]] std::uint32_t window() const;

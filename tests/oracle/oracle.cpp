@@ -1108,10 +1108,9 @@ private:
     const auto is_huge_memfd = [](const Live& other) { return other->spec().memory == Memory::hugetlb_memfd; };
     if (live.spec().memory == Memory::hugetlb && is_counted && std::ranges::any_of(lives_, is_huge_memfd))
       reason = Reason::no_evidence;
-    // The kernel may be taking back a huge page; mappings of the embedder's side by side are one to it.
+    // The kernel may be taking back a huge page; mappings side by side may be one to it.
     const auto gives_up = [&](const Live& other) {
-      return other->facts.given_up && (other.get() == &live || (other->spec().memory == Memory::adopted_anonymous &&
-                                                                live.spec().memory == Memory::adopted_anonymous));
+      return other->facts.given_up && (other.get() == &live || (other->may_be_merged() && live.may_be_merged()));
     };
     const auto has_huge = [](const Live& other) { return other->is_coarse(); };
     if (std::ranges::any_of(lives_, gives_up) && std::ranges::any_of(lives_, has_huge)) reason = Reason::no_evidence;
