@@ -5,10 +5,8 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
-#include <exception>
 #include <fcntl.h>
 #include <filesystem>
-#include <functional>
 #include <grp.h>
 #include <gtest/gtest.h>
 #include <linux/audit.h>
@@ -22,7 +20,6 @@
 #include <sys/prctl.h>
 #include <sys/resource.h>
 #include <sys/syscall.h>
-#include <sys/wait.h>
 #include <system_error>
 #include <thread>
 #include <unistd.h>
@@ -31,6 +28,7 @@
 
 #include "support/descriptor.hpp"
 #include "support/huge_pages.hpp"
+#include "support/in_child.hpp"
 #include "support/machine_facts.hpp"
 #include "support/temporary_file.hpp"
 
@@ -39,38 +37,11 @@ import cppvmm.guest_memory;
 // Processes that may not open /proc (any more): they go by what they opened before, and know nothing without it.
 
 using namespace cppvmm;
+using test::in_child;
 
 namespace {
 
 constexpr std::uint64_t bytes = std::uint64_t{8} << 20;
-
-/// Runs it in a forked child: what it complains of, or how the child ended. Empty: all is well.
-std::string in_child(const std::function<std::string()>& work) {
-  std::array<int, 2> ends{};
-  if (pipe2(ends.data(), O_CLOEXEC) != 0) return "pipe2";
-  test::Descriptor from(ends[0]);
-  test::Descriptor to(ends[1]);
-  const pid_t child = fork();
-  if (child < 0) return "fork";
-  if (child == 0) {
-    std::string said;
-    try {
-      said = work();
-    } catch (const std::exception& thrown) {
-      said = std::string("thrown: ") + thrown.what();
-    }
-    _exit(said.empty() ? 0 : (write(to.number(), said.data(), said.size()) > 0 ? 1 : 2));
-  }
-  to = test::Descriptor();
-  std::string said;
-  std::array<char, 4096> buffer;
-  for (ssize_t got = 0; (got = read(from.number(), buffer.data(), buffer.size())) > 0;)
-    said.append(buffer.data(), static_cast<std::size_t>(got));
-  int status = 0;
-  if (waitpid(child, &status, 0) != child) return "waitpid";
-  if (said.empty() && status != 0) return "the child ended with status " + std::to_string(status);
-  return said;
-}
 
 /// An empty folder.
 class EmptyFolder {
