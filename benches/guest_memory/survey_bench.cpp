@@ -88,6 +88,26 @@ auto all_touched(Backing backing) {
 const Beside all_of_anonymous({"survey/8_GiB_all_touched/anonymous", 1.10, scan}, all_touched(Backing::anonymous));
 const Beside all_of_memfd({"survey/8_GiB_all_touched/memfd", 1.10, seek}, all_touched(Backing::memfd));
 
+/// Of memory that nothing has touched, as many pages are marked by hand as the kernel is asked about beside it.
+const Beside marked({"survey/200000_marks_in_64_GiB", 1.25, "PAGEMAP_SCAN of as many pages"},
+                    [](Measurement& measurement) {
+                      const auto marked_one = small_pages(measurement, Backing::anonymous, 0, 64 * gib);
+                      if (!marked_one) return;
+                      const auto touched_one = small_pages(measurement, Backing::anonymous, 0, 64 * gib);
+                      if (!touched_one) return;
+                      many_random_pages(*touched_one);
+                      const GuestMemory touched(value_or_throw(MemoryMap::make({*touched_one})));
+                      const PageSet pages = touched.survey().touched;
+                      GuestMemory memory(value_or_throw(MemoryMap::make({*marked_one})));
+                      for (const PageRange& range : pages.ranges())
+                        memory.mark_touched(range, Toucher::device);
+                      if (memory.survey().touched != pages) return measurement.fail("the survey's marks are others");
+                      const BareScan bare({*touched_one});
+                      if (!bare.pages()) return measurement.skip(no_bare_scan);
+                      measurement.run([&] { benchmark::DoNotOptimize(memory.survey()); },
+                                      [&] { benchmark::DoNotOptimize(bare.pages()); });
+                    });
+
 const Beside heap({"survey/heap_of_200000_pages", 24, "bytes an extent"}, [](Measurement& measurement) {
   const auto region = small_pages(measurement, Backing::anonymous, 0, 64 * gib);
   if (!region) return;
