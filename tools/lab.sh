@@ -176,7 +176,7 @@ if [[ -n $host ]]; then
   status=0
   for version in "${versions[@]}"; do
     say "guests of the tests: Linux $version"
-    CPPVMM_LINUX=$kernels/$version/vmlinuz CPPVMM_BUSYBOX=$kernels/$version/busybox \
+    CPPVMM_LINUX=$kernels/$version/vmlinuz CPPVMM_LINUX_FLAT=$kernels/$version/flat CPPVMM_BUSYBOX=$kernels/$version/busybox \
       CPPVMM_GUEST_MODULES=$kernels/$version/guests "$tools/test.sh" --host "$preset" -L kvm || status=$?
   done
   exit "$status"
@@ -210,16 +210,20 @@ log_of() { echo "$logs/lab-$1-${2/#-/memory}"; }
 
 # run_tests PROCESSOR VERSION LABEL: those with the label, in a machine of their own.
 run_tests() {
-  local own=$selection-$2-$3 path needs=() nodes=()
+  local own=$selection-$2-$3 path needs=() nodes=() guests=()
   awk -F '\t' -v label="$3" '$1 == "file" || $2 == label' "$selection" >"$own"
   if ! grep -q '^test' "$own"; then return; fi
   while IFS=$'\t' read -r _ _ _ path; do needs+=(--include "$path:$path"); done <"$own"
   # Memory moves between two nodes. Guests have a machine of one CPU: on an emulated one of two, some crash
   # (tests/lab/README.md).
-  if [[ $3 == - ]]; then nodes=(--numa 2); fi
+  if [[ $3 == - ]]; then
+    nodes=(--numa 2)
+  else
+    for path in vmlinuz flat guests; do guests+=(--include "$kernels/$2/$path"); done
+  fi
   exec env LAB_PROCESSOR="$1" LAB_CONSOLE="$(log_of "$2" "$3").console" "$lab/machine.sh" --kernel "$kernels/$2" \
-    --timeout 3600 "${nodes[@]}" "${options[@]}" "${tools_of_tests[@]}" "${needs[@]}" --include "$kernels/$2/vmlinuz" \
-    --include "$kernels/$2/guests" --include "$facts" --include "$own:selection" --include "$lab/tests.sh" -- sh /tests.sh "$3"
+    --timeout 3600 "${nodes[@]}" "${options[@]}" "${tools_of_tests[@]}" "${needs[@]}" "${guests[@]}" \
+    --include "$facts" --include "$own:selection" --include "$lab/tests.sh" -- sh /tests.sh "$3"
 }
 
 # A machine takes one processor, so as many run at once as there are.

@@ -156,12 +156,15 @@ void NeedsKvm::SetUp() {
   if (const std::string why = test::kvm_missing(); !why.empty()) GTEST_SKIP() << "no usable KVM: " << why;
 }
 
-LinuxBoots::LinuxBoots() : kernel(variable("CPPVMM_LINUX", "")), busybox(variable("CPPVMM_BUSYBOX", "/bin/busybox")) {}
+LinuxBoots::LinuxBoots()
+    : distributed_kernel(variable("CPPVMM_LINUX", "")),
+      kernel(variable("CPPVMM_LINUX_FLAT", distributed_kernel.c_str())),
+      busybox(variable("CPPVMM_BUSYBOX", "/bin/busybox")) {}
 
 void LinuxBoots::SetUp() {
   Linux::SetUp();
   if (IsSkipped()) return;
-  if (kernel.empty()) GTEST_SKIP() << "CPPVMM_LINUX names no kernel to boot";
+  if (distributed_kernel.empty()) GTEST_SKIP() << "CPPVMM_LINUX names no kernel to boot";
   if (!std::filesystem::exists(busybox)) GTEST_SKIP() << "CPPVMM_BUSYBOX: there is no " << busybox;
 }
 

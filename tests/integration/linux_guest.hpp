@@ -1,4 +1,5 @@
-// Linux guests in cppvmm-boot. CPPVMM_LINUX names a bzImage, as distributions have it; CPPVMM_BUSYBOX a busybox that is
+// Linux guests in cppvmm-boot. CPPVMM_LINUX names a bzImage, as distributions have it; CPPVMM_LINUX_FLAT the same
+// kernel in a form that boots sooner (tests/lab/flat_kernel.py), if there is one; CPPVMM_BUSYBOX a busybox that is
 // linked statically (default: /bin/busybox), for the guest's programs; CPPVMM_GUEST_MODULES the folder of the modules
 // of tests/guests/linux, built for that kernel.
 #pragma once
@@ -71,12 +72,14 @@ protected:
 
 using Linux = NeedsKvm;
 
-/// Boots the kernel that CPPVMM_LINUX names; skipped, saying so, without one.
+/// Boots the kernel that CPPVMM_LINUX names, or the same one in the form that CPPVMM_LINUX_FLAT names; skipped, saying
+/// so, without one.
 class LinuxBoots : public Linux {
 protected:
   void SetUp() override;
 
-  const std::string kernel;
+  const std::string distributed_kernel; ///< Which decompresses itself.
+  const std::string kernel;             ///< Which need not, if there is such a one.
   const std::string busybox;
 
   LinuxBoots();

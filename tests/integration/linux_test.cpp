@@ -100,7 +100,7 @@ TEST_F(Linux, AKernelThatCrashesIsAFailure) {
 }
 
 TEST_F(LinuxBoots, ATruncatedKernelIsOneLine) {
-  const std::string whole = contents(kernel);
+  const std::string whole = contents(distributed_kernel);
   const File half("half", std::string_view(whole).substr(0, whole.size() / 2));
   const Ended ended = run_program(CPPVMM_BOOT, {"--kernel", half.path()});
   EXPECT_EQ(ended.status, 1);
@@ -126,6 +126,7 @@ class LinuxAsks : public LinuxBoots,
 
 TEST_P(LinuxAsks, FindsHyperVAndAsksForItsCapabilities) {
   const auto& [transport, cpus, reset] = GetParam();
+  const std::string& image = std::string_view(cpus) == "1" ? distributed_kernel : kernel;
   const File initrd("initrd", initial_file_system(contents(busybox), R"init(#!/bin/busybox sh
 busybox=/bin/busybox
 $busybox mount -t proc proc /proc
@@ -141,7 +142,7 @@ $busybox reboot -f
   const Ended ended = run_linux([&] {
     Program program(CPPVMM_BOOT,
                     {"--memory", "256M", "--cpus", cpus, "--hypercalls", transport, "--enlightenments", "minimal",
-                     "--kernel", kernel, "--initrd", initrd.path(), "--append", std::string(linux_command_line) + reset,
+                     "--kernel", image, "--initrd", initrd.path(), "--append", std::string(linux_command_line) + reset,
                      "--audit", "--json", "-"},
                     Stderr::terminal, Stdin::pipe);
     if (program.wait_for_stderr("guest: listens")) program.send("a line\n");
@@ -164,7 +165,7 @@ $busybox reboot -f
   EXPECT_EQ(figures["hypercalls"], transport);
   EXPECT_EQ(figures["calls"], json({{"0x8001", 1}, {"0x8002", 0}, {"0x8003", 0}, {"other", 0}}))
       << "Linux asks once, at boot";
-  EXPECT_EQ(figures["kernel"], kernel);
+  EXPECT_EQ(figures["kernel"], image);
   EXPECT_EQ(figures["ram_pages"], 65536);
   EXPECT_EQ(figures["vcpu_ticks"].size(), static_cast<std::size_t>(std::atoi(cpus)));
   for (const char* field : {"guest", "guest_zeroed_pages", "nonzero_pages_at_end", "unsound_pages"})

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # kernel.sh VERSION FOLDER: makes FOLDER hold what machine.sh boots: the distribution's own Linux VERSION (such as 6.12)
-#   vmlinuz, config; modules/, uncompressed; their order in `load`, and in `asked` which were asked for; a static busybox;
-#   `package`: the names and versions of the packages that all this is from
+#   vmlinuz, config; `flat`, the same kernel for guests (flat_kernel.py); modules/, uncompressed; their order in `load`,
+#   and in `asked` which were asked for; a static busybox; `package`: the names and versions of the packages that all
+#   this is from
 # They are downloaded with apt and unpacked; nothing is installed. FOLDER is left as it is when it holds them already.
 # Status 3: apt knows no such kernel, here and now.
 # kernel.sh --find VERSION: only says which package it would be.
@@ -48,7 +49,7 @@ find_package() {
 }
 
 if [[ $1 == --made ]]; then
-  [[ -e $2/package && -e $2/asked && $(<"$2/asked") == "${needed[*]} ${optional[*]}" ]]
+  [[ -e $2/package && -e $2/flat && -e $2/asked && $(<"$2/asked") == "${needed[*]} ${optional[*]}" ]]
   exit
 fi
 find_only=
@@ -91,6 +92,7 @@ images=("$work"/tree/boot/vmlinuz-*)
 configs=("$work"/tree/boot/config-*)
 ((${#images[@]} == 1)) || die "$package holds ${#images[@]} kernels"
 mv "${images[0]}" "$work/kernel/vmlinuz"
+python3 "$(dirname "$0")/flat_kernel.py" "$work/kernel/vmlinuz" "$work/kernel/flat" || die "$package's kernel cannot be unpacked"
 if ((${#configs[@]} > 0)); then mv "${configs[0]}" "$work/kernel/config"; fi
 
 # module_file NAME: the module's file; nothing when the packages have none of that name. In names - and _ are the same.

@@ -13,8 +13,10 @@ fi
 # The pool that hugetlb memory is taken from: 256 MiB and some.
 echo 160 >/proc/sys/vm/nr_hugepages
 
-# The kernel that guests boot is the machine's own; the modules that they load are built for it.
+# The kernel that guests boot is the machine's own, mostly without being decompressed; the modules that they load are built
+# for it.
 export CPPVMM_LINUX=/vmlinuz
+export CPPVMM_LINUX_FLAT=/flat
 export CPPVMM_GUEST_MODULES=/guests
 
 # What the kernel does that the tests depend on.
