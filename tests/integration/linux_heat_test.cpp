@@ -157,10 +157,10 @@ INSTANTIATE_TEST_SUITE_P(All, LinuxHeatComesBack,
                          });
 
 TEST_F(LinuxHeat, BlocksOfAllSizesAreTakenAndReadZero) {
-  load({"256M", 40, 40}, {"--hypercalls", "user", "--backing", "memfd"}, "read_back=1",
+  load({"192M", 24, 24}, {"--hypercalls", "user", "--backing", "memfd"}, "read_back=1",
        "echo 0 >/sys/module/page_reporting/parameters/page_reporting_order");
   if (HasFatalFailure() || IsSkipped()) return;
-  EXPECT_GT(after["read_pages"], 80 / 4) << "the largest blocks are 4 MiB";
+  EXPECT_GT(after["read_pages"], 48 / 4) << "the largest blocks are 4 MiB";
   EXPECT_EQ(after["data_pages"], 0);
   EXPECT_NE(number(after, "pages") % 512, 0U) << "smaller ones, too";
 }

@@ -134,8 +134,8 @@ TEST_F(Linux, AFileThatHoldsNoMachineIsOneLine) {
   const File cut("cut", "cppvmm-boot machine, form 1\n\x10");
   using std::string_view_literals::operator""sv;
   const File damaged("damaged", "cppvmm-boot machine, form 1\n\x04\0\0\0\0\0\0\0[{1}"sv);
-  constexpr std::size_t depth = 0x100'0000;
-  const File deep("deep", std::string("cppvmm-boot machine, form 1\n\0\0\0\x01\0\0\0\0"sv) + std::string(depth, '['));
+  constexpr std::size_t depth = 0x10'0000; // for recursion, many times what a stack has room for
+  const File deep("deep", std::string("cppvmm-boot machine, form 1\n\0\0\x10\0\0\0\0\0"sv) + std::string(depth, '['));
   const File huge("huge", "cppvmm-boot machine, form 1\n\xFF\xFF\xFF\xFF\xFF\xFF\xFF\xFF"sv);
   for (const auto& [path, why] :
        {std::pair(text.path(), text.path() + " is no machine that --save has written"),
