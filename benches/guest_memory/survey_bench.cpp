@@ -103,7 +103,9 @@ const Beside marked({"survey/200000_marks_in_64_GiB", 1.25, "PAGEMAP_SCAN of as 
                         memory.mark_touched(range, Toucher::device);
                       if (memory.survey().touched != pages) return measurement.fail("the survey's marks are others");
                       const BareScan bare({*touched_one});
-                      if (!bare.pages()) return measurement.skip(no_bare_scan);
+                      const auto there = bare.pages();
+                      if (!there) return measurement.skip(no_bare_scan);
+                      if (*there != pages.page_count()) return measurement.fail("the system calls find other pages");
                       measurement.run([&] { benchmark::DoNotOptimize(memory.survey()); },
                                       [&] { benchmark::DoNotOptimize(bare.pages()); });
                     });

@@ -3,7 +3,8 @@
 
 An emulated processor takes seconds to decompress a kernel, in each guest anew. FLAT has VMLINUZ's setup header, and for
 its kernel the segments of the vmlinux in it, as they lie in memory, behind a jump to their entry. It is larger, is
-loaded where the vmlinux belongs and nowhere else, and nothing moves it at random.
+started by the 64-bit boot protocol alone, is loaded where the vmlinux belongs and nowhere else, and nothing moves it at
+random.
 
 Sources: Linux Documentation/arch/x86/boot.rst (the header; the payload; the entry), scripts/Makefile.lib (the payload's
 last 4 bytes are its size, but for gzip, whose own end is that).
@@ -47,9 +48,15 @@ def segments(vmlinux):
     size, count = struct.unpack_from("<HH", vmlinux, 54)
     found = []
     for each in range(count):
-        kind, _, offset, _, address, in_file, in_memory, _ = struct.unpack_from("<IIQQQQQQ", vmlinux, table + each * size)
-        if kind == LOAD:
-            found.append((address, vmlinux[offset : offset + in_file], in_memory))
+        header = struct.unpack_from("<IIQQQQQQ", vmlinux, table + each * size)
+        kind, _, offset, _, address, in_file, in_memory, _ = header
+        if kind != LOAD:
+            continue
+        if offset + in_file > len(vmlinux):
+            sys.exit("flat_kernel.py: what is compressed ends too soon")
+        found.append((address, vmlinux[offset : offset + in_file], in_memory))
+    if not found:
+        sys.exit("flat_kernel.py: what is compressed has nothing to load")
     return entry, sorted(found, key=lambda one: one[0])
 
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # kernel.sh VERSION FOLDER: makes FOLDER hold what machine.sh boots: the distribution's own Linux VERSION (such as 6.12)
 #   vmlinuz, config; `flat`, the same kernel for guests (flat_kernel.py); modules/, uncompressed; their order in `load`,
-#   and in `asked` which were asked for; a static busybox; `package`: the names and versions of the packages that all
+#   and in `asked` what it was made by; a static busybox; `package`: the names and versions of the packages that all
 #   this is from
 # They are downloaded with apt and unpacked; nothing is installed. FOLDER is left as it is when it holds them already.
 # Status 3: apt knows no such kernel, here and now.
@@ -19,6 +19,10 @@ die() {
   echo "kernel.sh: $*" >&2
   exit 1
 }
+
+flat_kernel=$(dirname "$0")/flat_kernel.py
+# What a folder is made by, beside the packages.
+asked() { echo "${needed[*]} ${optional[*]}; $(sha256sum <"$flat_kernel")"; }
 
 depends_of() {
   apt-cache depends --no-recommends --no-suggests "$1" 2>/dev/null | sed -nE 's/^ *\|?(Pre)?Depends: *//p'
@@ -49,7 +53,7 @@ find_package() {
 }
 
 if [[ $1 == --made ]]; then
-  [[ -e $2/package && -e $2/flat && -e $2/asked && $(<"$2/asked") == "${needed[*]} ${optional[*]}" ]]
+  [[ -e $2/package && -e $2/flat && -e $2/asked && $(<"$2/asked") == "$(asked)" ]]
   exit
 fi
 find_only=
@@ -92,7 +96,7 @@ images=("$work"/tree/boot/vmlinuz-*)
 configs=("$work"/tree/boot/config-*)
 ((${#images[@]} == 1)) || die "$package holds ${#images[@]} kernels"
 mv "${images[0]}" "$work/kernel/vmlinuz"
-python3 "$(dirname "$0")/flat_kernel.py" "$work/kernel/vmlinuz" "$work/kernel/flat" || die "$package's kernel cannot be unpacked"
+python3 "$flat_kernel" "$work/kernel/vmlinuz" "$work/kernel/flat" || die "$package: no flat kernel can be made of it"
 if ((${#configs[@]} > 0)); then mv "${configs[0]}" "$work/kernel/config"; fi
 
 # module_file NAME: the module's file; nothing when the packages have none of that name. In names - and _ are the same.
@@ -135,7 +139,7 @@ for module in "${needed[@]}"; do
   [[ -e $work/kernel/modules/${module//-/_}.ko ]] || die "${wanted[*]}: no module $module in there"
 done
 for module in "${optional[@]}"; do take_module "$module"; done
-echo "${needed[*]} ${optional[*]}" >"$work/kernel/asked"
+asked >"$work/kernel/asked"
 echo "$identity" >"$work/kernel/package"
 rm -rf "$folder"
 mv -T "$work/kernel" "$folder"

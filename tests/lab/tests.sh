@@ -13,8 +13,8 @@ fi
 # The pool that hugetlb memory is taken from: 256 MiB and some.
 echo 160 >/proc/sys/vm/nr_hugepages
 
-# The kernel that guests boot is the machine's own, mostly without being decompressed; the modules that they load are built
-# for it.
+# The kernel that guests boot is the machine's own, most of them in the form that has nothing to decompress; the modules
+# that they load are built for it.
 export CPPVMM_LINUX=/vmlinuz
 export CPPVMM_LINUX_FLAT=/flat
 export CPPVMM_GUEST_MODULES=/guests

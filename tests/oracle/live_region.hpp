@@ -95,8 +95,8 @@ public:
   void set_content(std::uint32_t page, Content content) { contents_[page] = content; }
   /// Why the page may be missing, all things considered but those that concern the answer.
   [[nodiscard]] Reason reason(std::uint32_t page, SurveyMode mode) const;
-  /// Whether it has private anonymous memory that the library has not mapped, and so has no guard pages. Of mappings of
-  /// such that are alike and lie side by side the kernel makes one.
+  /// Whether it has private anonymous memory where the embedder has mapped it, without guard pages. Of such mappings
+  /// that are alike and lie side by side the kernel makes one.
   [[nodiscard]] bool may_be_merged() const;
   /// Whether a page of `neighbour` that is, or was, in use can have brought this one, in a huge page over the end of
   /// both.

@@ -195,6 +195,7 @@ static void try_answer(void) {
 static void give_all_away(void) {
   const u64 below_1_mib = 0x100, ram_end = node_end_pfn(0);
   const struct desc_ptr no_handlers = {0};
+  struct desc_ptr handlers;
   unsigned int ranges = 0;
   u64 first;
 
@@ -202,8 +203,12 @@ static void give_all_away(void) {
   for (first = below_1_mib; first < ram_end; first += 2048)
     list[++ranges] = SMALL(first, min_t(u64, 2048, ram_end - first));
   local_irq_disable();
+  asm volatile("sidt %0" : "=m"(handlers));
   asm volatile("lidt %0" : : "m"(no_handlers));
   guest_hypercall(CALL_MEMORY_HEAT_HINT | REPS(ranges), __pa(list), U64_MAX);
+  // A guest that comes back has not lost what it gave away.
+  asm volatile("lidt %0" : : "m"(handlers));
+  local_irq_enable();
 }
 
 static int __init hostile_hints_init(void) {
