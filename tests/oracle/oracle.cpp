@@ -820,8 +820,11 @@ private:
     if (live.pages() < first + huge_pages || is_hugetlb(live.spec().memory)) return false;
     const std::uint32_t count = (live.pages() - first) / huge_pages * huge_pages;
     const bool done = madvise(live.host(first), count * page_size, madv_collapse) == 0;
-    if (done || live.spec().thp != Thp::forbidden)
+    // One that fails may have come some way.
+    if (done || live.spec().thp != Thp::forbidden) {
       live.touched(first, count, done ? Reason::populated : Reason::huge_page);
+      live.facts.collapsed = true;
+    }
     return done;
   }
 
@@ -1112,7 +1115,7 @@ private:
     const auto gives_up = [&](const Live& other) {
       return other->facts.given_up && (other.get() == &live || (other->may_be_merged() && live.may_be_merged()));
     };
-    const auto has_huge = [](const Live& other) { return other->is_coarse(); };
+    const auto has_huge = [](const Live& other) { return other->is_coarse() || other->facts.collapsed; };
     if (std::ranges::any_of(lives_, gives_up) && std::ranges::any_of(lives_, has_huge)) reason = Reason::no_evidence;
     const auto brings_it = [&](const Live& other) { return other.get() != &live && live.may_come_with(page, *other); };
     if (reason == Reason::none && std::ranges::any_of(lives_, brings_it)) reason = Reason::huge_page;
