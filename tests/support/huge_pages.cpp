@@ -3,6 +3,7 @@
 #include "kernel_files.hpp"
 
 #include <cerrno>
+#include <cstdio>
 #include <expected>
 #include <fcntl.h>
 #include <string>
@@ -25,7 +26,10 @@ std::unexpected<std::string> failure(const char* what) {
 std::expected<HugePagePool, std::string> HugePagePool::take(long pages) {
   Descriptor lock(open(pool_size, O_RDONLY | O_CLOEXEC));
   if (!lock.is_open()) return failure("the pool of huge pages");
-  if (flock(lock.number(), LOCK_EX) != 0) return failure("flock of the pool of huge pages");
+  if (flock(lock.number(), LOCK_EX | LOCK_NB) != 0) {
+    std::fputs("waiting for another process that has the pool of huge pages\n", stderr);
+    if (flock(lock.number(), LOCK_EX) != 0) return failure("flock of the pool of huge pages");
+  }
   HugePagePool pool(std::move(lock), kernel_number(pool_size));
   if (kernel_number(pool_free) < pages &&
       (!tell_kernel(pool_size, std::to_string(pool.before_ + pages)) || kernel_number(pool_free) < pages))
