@@ -40,7 +40,7 @@ enum class Content : std::uint8_t { zero, data, any };
 struct RegionFacts {
   bool allocated_unwritten = false; ///< By fallocate(2).
   bool given_up = false;            ///< Some of it, by MADV_FREE.
-  bool collapsed = false;           ///< Some of it, into huge pages that the kernel would not have given.
+  bool collapsed = false;           ///< Some of it may be, into huge pages, by MADV_COLLAPSE.
   bool paged_out = false;
   bool replaced = false;     ///< Anonymous memory took the place of parts of a private file.
   bool library_huge = false; ///< Huge pages were asked for through the Region.

@@ -191,7 +191,7 @@ static void try_answer(void) {
   free_page((unsigned long)answer);
 }
 
-// With handlers that are still in the TLB, and read zero, the guest would fault for ever instead of once.
+// A guest that keeps its handlers, which read zero by then, may fault for ever instead of once.
 static void give_all_away(void) {
   const u64 below_1_mib = 0x100, ram_end = node_end_pfn(0);
   const struct desc_ptr no_handlers = {0};
