@@ -176,8 +176,8 @@ if [[ -n $host ]]; then
   status=0
   for version in "${versions[@]}"; do
     say "guests of the tests: Linux $version"
-    CPPVMM_LINUX=$kernels/$version/vmlinuz CPPVMM_LINUX_FLAT=$kernels/$version/flat CPPVMM_BUSYBOX=$kernels/$version/busybox \
-      CPPVMM_GUEST_MODULES=$kernels/$version/guests "$tools/test.sh" --host "$preset" -L kvm || status=$?
+    CPPVMM_LINUX=$kernels/$version/vmlinuz CPPVMM_LINUX_FLAT=$kernels/$version/flat \
+      CPPVMM_BUSYBOX=$kernels/$version/busybox CPPVMM_GUEST_MODULES=$kernels/$version/guests "$tools/test.sh" --host "$preset" -L kvm || status=$?
   done
   exit "$status"
 fi

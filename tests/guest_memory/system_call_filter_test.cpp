@@ -78,8 +78,8 @@ const Calls of_our_memory_with_books{
     {SYS_ioctl, procmap_query}, {SYS_ioctl, ioctl_of(UFFDIO_REGISTER)}, {SYS_ioctl, ioctl_of(UFFDIO_UNREGISTER)}};
 const Calls anonymous{{SYS_ioctl, pagemap_scan}, {SYS_pread64}};
 const Calls files{{SYS_fstatfs}, {SYS_uname}, {SYS_lseek}, {cachestat}, {SYS_pread64}};
-const Calls private_file{{SYS_ioctl, procmap_query}};
 const Calls shared_anonymous{{SYS_openat}, {SYS_close}};
+const Calls private_file{{SYS_ioctl, procmap_query}};
 const Calls transparent_huge_pages{{SYS_membarrier}};
 const Calls hugetlb{{SYS_userfaultfd},
                     {SYS_ioctl, userfaultfd_new},
