@@ -100,7 +100,6 @@ const Calls write_watch{{SYS_userfaultfd},
                         {SYS_ioctl, ioctl_of(UFFDIO_UNREGISTER)},
                         {SYS_ioctl, pagemap_scan},
                         {SYS_close}};
-const Calls lost_or_swapped{{SYS_mincore}, {SYS_madvise}};
 // How the test says what came of it.
 const Calls its_own{{SYS_write}, {SYS_exit_group}, {SYS_exit}, {SYS_rt_sigprocmask}};
 
@@ -212,7 +211,6 @@ protected:
       if (is_private() || beside() == Beside::watch) rows.push_back(write_watch);
       if (!is_ours) rows.push_back(accesses_to_adopted);
     }
-    if (beside() == Beside::watch || beside() == Beside::log) rows.push_back(lost_or_swapped);
     return rows;
   }
 
