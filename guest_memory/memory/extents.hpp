@@ -7,9 +7,10 @@
 #include <functional>
 #include <iterator>
 #include <limits>
-#include <memory>
 #include <utility>
 #include <vector>
+
+#include "packed_pairs.hpp"
 
 namespace cppvmm {
 
@@ -27,9 +28,8 @@ struct Extent {
 /// smallest gaps between extents are given up and count as touched; the `limit / 2` largest always stay, which is far
 /// more than any answer can name.
 ///
-/// Of each extent are kept the gap before it and its count, seven bits a byte: 2 bytes where both are below 128, 12 at
-/// most for any pages that a guest can have, and 20 for numbers of 64 bits. They are in blocks of 4 KiB, the first ones
-/// smaller, of which at most 20 bytes stay free: adding moves none of them.
+/// Of each extent are kept the gap before it and its count, as a packed pair: 2 bytes where both are below 128, 12 at
+/// most for any pages that a guest can have.
 class ExtentList {
 public:
   class Iterator;
@@ -76,71 +76,9 @@ public:
   [[nodiscard]] std::uint64_t given_up_pages() const { return given_up_; }
 
 private:
-  /// Numbers one behind the other: of each, the lowest seven bits first, and a bit that is set where more follow.
-  /// Whether a small one takes one byte or two is not branched on: a guest's gaps are hard to foretell.
-  class Block {
-  public:
-    explicit Block(std::size_t room) : bytes_(std::make_unique<std::uint8_t[]>(room)), room_(room) {}
-    Block(const Block& other) : Block(other.room_) {
-      std::copy_n(other.bytes_.get(), other.used_, bytes_.get());
-      used_ = other.used_;
-    }
-    Block(Block&&) noexcept = default;
-    Block& operator=(const Block&) = delete;
-    Block& operator=(Block&&) = delete;
-    ~Block() = default;
-
-    [[nodiscard]] std::size_t size() const { return used_; }
-    [[nodiscard]] std::size_t room() const { return room_ - used_; }
-
-    /// Needs room for most_number_bytes, and for one behind that the next overwrites.
-    void put(std::uint64_t number) {
-      if (number < std::uint64_t{1} << 14) {
-        const unsigned more = number > 0x7F ? 1 : 0;
-        bytes_[used_] = static_cast<std::uint8_t>((number & 0x7F) | more << 7);
-        bytes_[used_ + 1] = static_cast<std::uint8_t>(number >> 7);
-        used_ += 1 + more;
-        return;
-      }
-      for (; number > 0x7F; number >>= 7)
-        bytes_[used_++] = static_cast<std::uint8_t>(number | 0x80);
-      bytes_[used_++] = static_cast<std::uint8_t>(number);
-    }
-    /// The number at `at`, which goes behind it. Looks at a byte behind it, too, which there always is.
-    [[nodiscard]] std::uint64_t get(std::size_t& at) const {
-      const unsigned low = bytes_[at];
-      const unsigned high = bytes_[at + 1];
-      const unsigned more = low >> 7;
-      if ((more & high >> 7) == 0) {
-        at += 1 + more;
-        return (low & 0x7F) | (high * more) << 7;
-      }
-      std::uint64_t number = low & 0x7F;
-      for (unsigned shift = 7; (bytes_[at++] & 0x80U) != 0; shift += 7)
-        number |= static_cast<std::uint64_t>(bytes_[at] & 0x7FU) << shift;
-      return number;
-    }
-    /// Takes the last number out.
-    std::uint64_t take() {
-      std::uint64_t number = bytes_[--used_];
-      for (; used_ > 0 && (bytes_[used_ - 1] & 0x80U) != 0; --used_)
-        number = number << 7 | (bytes_[used_ - 1] & 0x7FU);
-      return number;
-    }
-
-  private:
-    std::unique_ptr<std::uint8_t[]> bytes_;
-    std::size_t used_ = 0;
-    std::size_t room_;
-  };
-  static constexpr std::size_t most_block_bytes = 4096;
-  static constexpr std::size_t least_block_bytes = 64;
-  static constexpr std::size_t most_number_bytes = 10;
-  static constexpr std::size_t most_entry_bytes = 2 * most_number_bytes + 1; // and the one behind
-
   void swap(ExtentList& other) noexcept {
     std::swap(limit_, other.limit_);
-    blocks_.swap(other.blocks_);
+    before_last_.swap(other.before_last_);
     std::swap(start_, other.start_);
     std::swap(last_, other.last_);
     std::swap(gap_, other.gap_);
@@ -148,14 +86,13 @@ private:
     std::swap(page_count_, other.page_count_);
     std::swap(given_up_, other.given_up_);
   }
-  Block& block_with_room();
   void append(Extent extent);
   void join_last();
   void give_up_small_gaps();
 
   std::size_t limit_;
-  std::vector<Block> blocks_; ///< Of all but the last: its gap, none for the first one, and its count. None is empty.
-  std::uint64_t start_ = 0;   ///< Of the first.
+  PackedPairs before_last_; ///< Of all but the last: its gap, none for the first one, and its count.
+  std::uint64_t start_ = 0; ///< Of the first.
   Extent last_;
   std::uint64_t gap_ = 0; ///< Before the last one; 0 where it is the first.
   std::size_t size_ = 0;
@@ -188,27 +125,24 @@ public:
 
 private:
   friend class ExtentList;
-  Iterator(const ExtentList& list, std::size_t index) : list_(&list), extent_{list.start_, 0}, index_(index) { read(); }
+  Iterator(const ExtentList& list, std::size_t index)
+      : list_(&list), before_last_(list.before_last_), extent_{list.start_, 0}, index_(index) {
+    read();
+  }
 
   void read() {
     if (index_ + 1 < list_->size_) {
-      const Block& block = list_->blocks_[block_];
-      const std::uint64_t gap = block.get(at_);
-      const std::uint64_t count = block.get(at_);
+      const auto [gap, count] = before_last_.next();
       extent_ = {extent_.end() + gap, count};
-      if (at_ < block.size()) return;
-      ++block_;
-      at_ = 0;
     } else if (index_ + 1 == list_->size_) {
       extent_ = list_->last_;
     }
   }
 
   const ExtentList* list_ = nullptr;
+  PackedPairs::Reader before_last_; ///< At the next one.
   Extent extent_;
   std::size_t index_ = 0;
-  std::size_t block_ = 0; ///< Where the next one is.
-  std::size_t at_ = 0;
 };
 
 inline ExtentList::Iterator ExtentList::begin() const { return {*this, 0}; }
@@ -222,21 +156,12 @@ inline std::vector<Extent> ExtentList::to_vector() const {
   return extents;
 }
 
-/// What takes memory is done here, and nothing is changed by it.
-inline ExtentList::Block& ExtentList::block_with_room() {
-  if (blocks_.empty() || blocks_.back().room() < most_entry_bytes)
-    blocks_.emplace_back(std::min(most_block_bytes, least_block_bytes << std::min<std::size_t>(blocks_.size(), 6)));
-  return blocks_.back();
-}
-
 /// Behind all others, with a gap between.
 inline void ExtentList::append(Extent extent) {
   if (size_ == 0) {
     start_ = extent.first;
   } else {
-    Block& block = block_with_room();
-    block.put(gap_);
-    block.put(last_.count);
+    before_last_.push({gap_, last_.count});
     gap_ = extent.first - last_.end();
   }
   last_ = extent;
@@ -248,10 +173,8 @@ inline void ExtentList::join_last() {
   const std::uint64_t end = last_.end();
   const std::uint64_t end_before = last_.first - gap_;
   given_up_ += gap_;
-  Block& block = blocks_.back();
-  const std::uint64_t count = block.take();
-  gap_ = block.take();
-  if (block.size() == 0) blocks_.pop_back();
+  const auto [gap, count] = before_last_.pop();
+  gap_ = gap;
   last_ = {end_before - count, end - (end_before - count)};
   --size_;
 }
