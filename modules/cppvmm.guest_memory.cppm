@@ -21,6 +21,7 @@ export import :region;
 export import :region_use;
 export import :survey;
 export import :touched_map;
+export import :touched_runs;
 export import :toucher;
 export import :write_watch;
 export import :zero_scan;

@@ -32,6 +32,7 @@ import :survey_bound;
 import :survey_map;
 import :survey_stop;
 import :touched_map;
+import :touched_runs;
 import :write_record;
 
 namespace cppvmm {
@@ -52,7 +53,7 @@ std::vector<PageRange> Survey::largest_zeroed(std::size_t count, const PageSet& 
 }
 
 TouchedMap Survey::touched_map() const {
-  TouchedMap result = touchers;
+  TouchedMap result(touchers);
   PageSet unmarked = touched;
   unmarked.remove(touchers.pages());
   result.mark(unmarked, Toucher::unknown);
@@ -170,6 +171,13 @@ static WatchReport narrow(PageSet& touched, const KeptLog& kept, WriteRecord& re
   }
   report.cost = Clock::now() - begin;
   return report;
+}
+
+static TouchedRuns runs_of(const PageSet& pages, Touchers by) {
+  TouchedRuns runs;
+  for (const PageRange& range : pages.ranges())
+    runs.add(range, by);
+  return runs;
 }
 
 static bool is_private_hugetlb(Backing backing) {
@@ -317,8 +325,8 @@ static void survey_region(const Region& region, RegionEvidence evidence, const S
     // A page that was discarded since is in the log, and not touched.
     logged.logged.intersect(own);
     logged.recorded.intersect(own);
-    mark_bounded(survey, logged.logged, writes.log->log.by);
-    mark_bounded(survey, logged.recorded, Toucher::host);
+    survey.touchers.add(
+        TouchedRuns::united(runs_of(logged.logged, writes.log->log.by), runs_of(logged.recorded, Toucher::host)));
   }
   const std::uint64_t touched_pages = pages_from(touched, pages.first());
   report.zeroed_pages = pages.count() - touched_pages;

@@ -16,6 +16,7 @@ import :memory_map;
 import :page_set;
 import :region;
 import :touched_map;
+import :touched_runs;
 
 namespace cppvmm {
 
@@ -82,9 +83,9 @@ export struct Survey {
   /// SurveyOptions::leave_out, be it RAM or not.
   PageSet left_out;
   /// Who wrote, as far as it is known: what RAM was marked by hand, what a write log and its record of the accessors
-  /// show. The other touched pages have an unknown writer, and so have those for which there is no room in 2^18
-  /// entries: the smaller ranges of what comes later, which are marks.
-  TouchedMap touchers;
+  /// show. The other touched pages have an unknown writer, and so have those of ranges that were forgotten, as there
+  /// are more than 2^18: the 2^17 largest are known.
+  TouchedRuns touchers;
   std::vector<RegionSurvey> regions;
   std::chrono::nanoseconds cost{}; ///< Of the whole, as GuestMemory::survey makes it.
 
@@ -119,7 +120,7 @@ export struct Survey {
   /// pass over the four sets, O(log count) a range, and room for `count`.
   [[nodiscard]] std::vector<PageRange> largest_zeroed(std::size_t count, const PageSet& without = {}) const;
 
-  /// The touched pages with who touched them.
+  /// The touched pages with who touched them: unlike the rest, of 64 bytes and more for each range.
   [[nodiscard]] TouchedMap touched_map() const;
 };
 

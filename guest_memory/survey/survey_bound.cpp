@@ -3,7 +3,7 @@ module;
 #include <cstddef>
 #include <cstdint>
 #include <functional>
-#include <ranges>
+#include <limits>
 #include <span>
 #include <utility>
 #include <vector>
@@ -19,7 +19,7 @@ import :region;
 import :survey;
 import :survey_bound;
 import :survey_stop;
-import :touched_map;
+import :touched_runs;
 import :toucher;
 
 namespace cppvmm {
@@ -75,42 +75,6 @@ void bound_ranges(Survey& survey) {
   survey.touched.remove(untouched);
 }
 
-/// Who touched the largest ranges, as many as there is room for.
-class LargestMarks {
-public:
-  explicit LargestMarks(std::size_t room) : room_(room) {}
-
-  void add(PageRange pages, Touchers by) {
-    if (room_ == 0) return;
-    entries_.push_back({pages, by});
-    if (entries_.size() >= 2 * room_) keep_largest();
-  }
-  void add_to(TouchedMap& map) {
-    if (entries_.size() > room_) keep_largest();
-    const auto first = [](const TouchedMap::Entry& entry) { return entry.pages.first(); };
-    if (!std::ranges::is_sorted(entries_, {}, first)) std::ranges::sort(entries_, {}, first);
-    // From the last on, for which the map has a quick way.
-    for (const TouchedMap::Entry& entry : std::views::reverse(entries_))
-      map.mark(entry.pages, entry.by);
-  }
-
-private:
-  void keep_largest() {
-    std::ranges::nth_element(entries_, entries_.begin() + static_cast<std::ptrdiff_t>(room_), std::greater<>(),
-                             [](const TouchedMap::Entry& entry) { return entry.pages.count(); });
-    entries_.resize(room_);
-  }
-
-  std::size_t room_;
-  std::vector<TouchedMap::Entry> entries_;
-};
-
-/// For ranges that do not overlap. One within another's entry makes three of it.
-static std::size_t room_for_touchers(const Survey& survey) {
-  const std::size_t entries = survey.touchers.entry_count();
-  return (most_survey_ranges - std::min(most_survey_ranges, entries)) / (entries == 0 ? 1 : 2);
-}
-
 void lose_evidence(Survey& survey, const MemoryError& why) {
   survey.touched = survey.ram;
   for (RegionSurvey& report : survey.regions) {
@@ -123,36 +87,28 @@ void lose_evidence(Survey& survey, const MemoryError& why) {
   }
 }
 
-void add_marks(Survey& survey, const Marks& marks) {
-  const Marks::View view(marks);
-  // Of marks that cannot be seen, none is passed over.
-  if (!view.is_held()) return lose_evidence(survey, survey_stopped(0, 0));
-  if (view.is_blank()) return;
-  if (view.error() != 0)
-    return lose_evidence(
-        survey, {.code = MemoryErrc::os, .os_error = view.error(), .operation = "membarrier, to see all marks"});
-  LargestMarks touchers(room_for_touchers(survey));
-  const PageSet evidence = std::exchange(survey.touched, {});
-  survey.ram = {};
-  auto next = evidence.ranges().begin();
-  for (RegionSurvey& report : std::exchange(survey.regions, {})) {
+/// What evidence calls touched, in ascending order, in less memory.
+static ExtentList packed(const PageSet& pages) {
+  ExtentList list(std::numeric_limits<std::size_t>::max());
+  for (const PageRange& range : pages.ranges())
+    list.add({range.first().value(), range.count()});
+  return list;
+}
+
+/// A region with what of it is touched, by evidence or by mark.
+struct MarkedRegion {
+  RegionSurvey report;
+  ExtentList touched{};
+};
+
+/// Of regions that lie behind all that the survey has.
+static void take_over(Survey& survey, std::vector<MarkedRegion> regions) {
+  std::size_t ranges = survey.touched.range_count();
+  for (const MarkedRegion& each : regions)
+    ranges += each.touched.size();
+  survey.touched.reserve(ranges);
+  for (auto& [report, touched] : regions) {
     if (report.kind == RegionKind::ram) {
-      // What evidence calls touched and what is marked, together in ascending order.
-      ExtentList touched;
-      const auto add_evidence = [&](PageNumber last) {
-        for (; next != evidence.ranges().end() && std::max(next->first(), report.pages.first()) <= last; ++next) {
-          const std::uint64_t first = std::max(next->first(), report.pages.first()).value();
-          touched.add({first, std::min(next->end(), report.pages.end()).value() - first});
-          if (next->end() > report.pages.end()) return; // it goes on in the next region
-        }
-      };
-      view.for_each(report.pages, [&](PageRange pages, Touchers by) {
-        add_evidence(pages.first());
-        touched.add({pages.first().value(), pages.count()});
-        touchers.add(pages, by);
-      });
-      add_evidence(PageNumber(report.pages.end().value() - 1));
-      if (survey.touched.empty()) survey.touched.reserve(touched.size());
       for (const Extent extent : touched)
         survey.touched.add(*PageRange::make(PageNumber(extent.first), extent.count));
       report.given_up_pages += touched.given_up_pages();
@@ -162,17 +118,49 @@ void add_marks(Survey& survey, const Marks& marks) {
     survey.regions.push_back(report);
     bound_ranges(survey);
   }
-  touchers.add_to(survey.touchers);
 }
 
-void mark_bounded(Survey& survey, const PageSet& pages, Touchers by) {
-  const std::size_t room = room_for_touchers(survey);
-  if (pages.range_count() <= room) {
-    survey.touchers.mark(pages, by);
-    return;
+void add_marks(Survey& survey, const Marks& marks) {
+  const Marks::View view(marks);
+  // Of marks that cannot be seen, none is passed over.
+  if (!view.is_held()) return lose_evidence(survey, survey_stopped(0, 0));
+  if (view.is_blank()) return;
+  if (view.error() != 0)
+    return lose_evidence(
+        survey, {.code = MemoryErrc::os, .os_error = view.error(), .operation = "membarrier, to see all marks"});
+  TouchedRuns touchers;
+  const ExtentList evidence = packed(std::exchange(survey.touched, {}));
+  survey.ram = {};
+  auto next = evidence.begin();
+  std::vector<MarkedRegion> found;
+  std::size_t extents = 0;
+  for (const RegionSurvey& report : std::exchange(survey.regions, {})) {
+    ExtentList& touched = found.emplace_back(report).touched;
+    if (report.kind == RegionKind::ram) {
+      const std::uint64_t first = report.pages.first().value();
+      const std::uint64_t end = report.pages.end().value();
+      // What evidence calls touched and what is marked, together in ascending order.
+      const auto add_evidence = [&](std::uint64_t last) {
+        for (; next != evidence.end() && std::max((*next).first, first) <= last; ++next) {
+          const std::uint64_t from = std::max((*next).first, first);
+          touched.add({from, std::min((*next).end(), end) - from});
+          if ((*next).end() > end) return; // it goes on in the next region
+        }
+      };
+      view.for_each(report.pages, [&](PageRange pages, Touchers by) {
+        add_evidence(pages.first().value());
+        touched.add({pages.first().value(), pages.count()});
+        touchers.add(pages, by);
+      });
+      add_evidence(end - 1);
+    }
+    extents += touched.size();
+    if (extents <= most_survey_ranges) continue;
+    take_over(survey, std::exchange(found, {}));
+    extents = 0;
   }
-  for (const PageRange& range : pages.largest(room))
-    survey.touchers.mark(range, by);
+  take_over(survey, std::move(found));
+  survey.touchers = survey.touchers.empty() ? std::move(touchers) : TouchedRuns::united(survey.touchers, touchers);
 }
 
 } // namespace cppvmm

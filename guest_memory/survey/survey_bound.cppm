@@ -6,13 +6,11 @@ module;
 module cppvmm.guest_memory:survey_bound;
 import :error;
 import :marks;
-import :page_set;
 import :survey;
-import :touched_map;
 
 namespace cppvmm {
 
-/// Ranges of zeroed pages that a survey keeps, and of pages whose toucher is known, of all its regions together.
+/// Ranges of zeroed pages that a survey keeps, of all its regions together.
 inline constexpr std::size_t most_survey_ranges = ExtentList::default_limit;
 
 /// To be called after each region, with the report of each in `survey.regions`: where there are more ranges of RAM that
@@ -26,8 +24,5 @@ void lose_evidence(Survey& survey, const MemoryError& why);
 /// Adds what is marked of the regions that the survey has, which it bounds anew. Where others hold the marks until the
 /// survey is to end, all RAM counts as touched.
 void add_marks(Survey& survey, const Marks& marks);
-
-/// Notes who touched the pages, of the largest ranges where there are too many.
-void mark_bounded(Survey& survey, const PageSet& pages, Touchers by);
 
 } // namespace cppvmm

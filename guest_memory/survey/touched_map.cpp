@@ -28,6 +28,10 @@ static PageRange page_range(const PageInterval& interval) {
 }
 
 TouchedMap::TouchedMap() : intervals_(std::make_unique<Intervals>()) {}
+TouchedMap::TouchedMap(const TouchedRuns& runs) : TouchedMap() {
+  auto& map = intervals_->map;
+  runs.for_each([&](const Entry& entry) { map.add(map.end(), {interval(entry.pages), entry.by.bits()}); });
+}
 TouchedMap::TouchedMap(const TouchedMap& other)
     : intervals_(other.intervals_ ? std::make_unique<Intervals>(*other.intervals_) : std::make_unique<Intervals>()) {}
 TouchedMap::TouchedMap(TouchedMap&& other) noexcept = default;

@@ -6,6 +6,7 @@ module;
 export module cppvmm.guest_memory:touched_map;
 import :address;
 import :page_set;
+import :touched_runs;
 import :toucher;
 
 namespace cppvmm {
@@ -13,13 +14,10 @@ namespace cppvmm {
 /// Which pages were written, and by whom: an interval map. A value type; thread-safe as PageSet is.
 export class TouchedMap {
 public:
-  struct Entry {
-    PageRange pages;
-    Touchers by;
-    friend bool operator==(const Entry&, const Entry&) = default;
-  };
+  using Entry = TouchedRange;
 
   TouchedMap();
+  explicit TouchedMap(const TouchedRuns& runs);
   TouchedMap(const TouchedMap& other);
   TouchedMap(TouchedMap&& other) noexcept;
   TouchedMap& operator=(const TouchedMap& other);

@@ -67,7 +67,7 @@ TEST_F(MarksInRam, AreAsTheyWereMade) {
   EXPECT_EQ(memory.marks(), expected);
   const Survey survey = memory.survey();
   EXPECT_EQ(survey.touched, expected.pages());
-  EXPECT_EQ(survey.touchers, expected);
+  EXPECT_EQ(survey.touchers.entries(), expected.entries());
   memory.clear_marks(pages(0, all_pages));
   EXPECT_TRUE(memory.marks().empty());
   EXPECT_EQ(memory.survey().zeroed().page_count(), count);

@@ -155,37 +155,81 @@ TEST(OutOfMemoryMarks, TakeBoundedMemoryWhereThereIsNoRam) {
     ASSERT_TRUE(marked.contains(PageNumber(page))) << page;
 }
 
-/// Whether memory is looked at twice, as it may have huge pages.
-class MemoryOfASurvey : public testing::TestWithParam<bool> {};
+/// Why pages of the memory are touched.
+struct TouchedBy {
+  const char* name;
+  bool is_written = true;
+  bool is_marked = false;
+  bool may_have_huge_pages = false; ///< It is looked at twice then.
+};
 
-INSTANTIATE_TEST_SUITE_P(LookedAt, MemoryOfASurvey, testing::Values(false, true),
-                         [](const auto& info) { return info.param ? "Twice" : "Once"; });
+constexpr TouchedBy touched_by[] = {
+    {.name = "Stores"},
+    {.name = "StoresLookedAtTwice", .may_have_huge_pages = true},
+    {.name = "Marks", .is_written = false, .is_marked = true},
+    {.name = "StoresAndMarks", .is_marked = true},
+};
+
+class MemoryOfASurvey : public testing::TestWithParam<TouchedBy> {};
+
+INSTANTIATE_TEST_SUITE_P(By, MemoryOfASurvey, testing::ValuesIn(touched_by),
+                         [](const auto& info) { return std::string(info.param.name); });
 
 // The second region has most extents, as the RAM above 4 GiB has.
 TEST_P(MemoryOfASurvey, FollowsTheExtentsOfAllRegionsTogether) {
   if (!test::replaces_allocations) GTEST_SKIP() << test::allocations_are_not_replaced;
   constexpr std::uint64_t extents[] = {4000, 20'000, 8000};
   std::vector<Region> regions;
-  std::uint64_t all = 0;
+  PageSet touched;
   std::uint64_t start = 0;
   for (const std::uint64_t each : extents) {
     const std::uint64_t region_bytes = 2 * each * page_size;
     regions.push_back(*Region::anonymous(GuestAddress(start), region_bytes));
     auto* const host = static_cast<volatile char*>(regions.back().host_address());
     madvise(regions.back().host_address(), region_bytes, MADV_NOHUGEPAGE);
-    for (std::uint64_t i = 0; i < each; ++i)
-      host[2 * i * page_size] = 1;
-    if (GetParam()) madvise(regions.back().host_address(), region_bytes, MADV_HUGEPAGE);
-    all += each;
+    for (std::uint64_t i = 0; i < each; ++i) {
+      if (GetParam().is_written) host[2 * i * page_size] = 1;
+      touched.add(pages(start / page_size + 2 * i, 1));
+    }
+    if (GetParam().may_have_huge_pages) madvise(regions.back().host_address(), region_bytes, MADV_HUGEPAGE);
     start += region_bytes;
   }
-  const GuestMemory memory(*MemoryMap::make(std::move(regions)));
+  GuestMemory memory(*MemoryMap::make(std::move(regions)));
+  std::uint64_t number = 0;
+  if (GetParam().is_marked)
+    for (const PageRange& range : touched.ranges())
+      memory.mark_touched(range, ++number % 2 == 0 ? Toucher::device : Toucher::host);
   static_cast<void>(memory.survey());
   const std::size_t before = test::bytes_held;
   test::most_bytes_held = before;
   const Survey survey = memory.survey();
-  EXPECT_LE(test::most_bytes_held - before, all * 24 + (std::size_t{32} << 10));
-  EXPECT_LE(survey.touched.range_count(), all);
+  EXPECT_LE(test::most_bytes_held - before, touched.range_count() * 24 + (std::size_t{32} << 10));
+  EXPECT_TRUE(GetParam().may_have_huge_pages || survey.touched == touched);
+  EXPECT_EQ(survey.touchers.pages(), GetParam().is_marked ? touched : PageSet());
+}
+
+TEST(OutOfMemoryTouchedRuns, AreNotLost) {
+  if (!test::replaces_allocations) GTEST_SKIP() << test::allocations_are_not_replaced;
+  TouchedRuns runs;
+  TouchedRuns expected;
+  std::size_t failures = 0;
+  for (std::uint64_t i = 0; i < 4000; ++i) {
+    const PageRange range = pages(3 * i, 1 + i % 3);
+    const Touchers by = i % 5 == 0 ? Toucher::guest : Toucher::device;
+    expected.add(range, by);
+    for (bool is_added = false; !is_added;) {
+      test::allocations_left = static_cast<long>((i + failures) % 12);
+      try {
+        runs.add(range, by);
+        is_added = true;
+      } catch (const std::bad_alloc&) {
+        ++failures;
+      }
+      test::allocations_left = -1;
+    }
+  }
+  EXPECT_GT(failures, 2U);
+  EXPECT_EQ(runs, expected);
 }
 
 // What throws has either added the extent or changed nothing.
