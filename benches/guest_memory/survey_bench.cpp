@@ -110,17 +110,33 @@ const Beside marked({"survey/200000_marks_in_64_GiB", 1.25, "PAGEMAP_SCAN of as 
                                       [&] { benchmark::DoNotOptimize(bare.pages()); });
                     });
 
+/// The most heap that a survey takes.
+void heap_an_extent(Measurement& measurement, const GuestMemory& memory) {
+  const std::size_t extents = memory.survey().touched.range_count();
+  begin_heap_use();
+  static_cast<void>(memory.survey());
+  measurement.amount(static_cast<double>(end_heap_use().peak) / static_cast<double>(extents));
+}
+
 const Beside heap({"survey/heap_of_200000_pages", 24, "bytes an extent"}, [](Measurement& measurement) {
   const auto region = small_pages(measurement, Backing::anonymous, 0, 64 * gib);
   if (!region) return;
   many_random_pages(*region);
   auto map = MemoryMap::make({*region});
   if (!map) return measurement.fail(map.error().message());
-  const GuestMemory memory(*std::move(map));
-  const std::size_t extents = memory.survey().touched.range_count();
-  begin_heap_use();
-  static_cast<void>(memory.survey());
-  measurement.amount(static_cast<double>(end_heap_use().peak) / static_cast<double>(extents));
+  heap_an_extent(measurement, GuestMemory(*std::move(map)));
+});
+const Beside heap_of_marks({"survey/heap_of_200000_marks", 24, "bytes an extent"}, [](Measurement& measurement) {
+  const auto region = small_pages(measurement, Backing::anonymous, 0, 64 * gib);
+  if (!region) return;
+  many_random_pages(*region);
+  GuestMemory memory(value_or_throw(MemoryMap::make({*region})));
+  const PageSet pages = memory.survey().touched;
+  if (!region->discard(region->pages())) return measurement.fail("the pages are not discarded");
+  for (const PageRange& range : pages.ranges())
+    memory.mark_touched(range, Toucher::device);
+  if (memory.survey().touched != pages) return measurement.fail("the survey's marks are others");
+  heap_an_extent(measurement, memory);
 });
 
 // The plots.
