@@ -205,12 +205,12 @@ for tool in mkfs.erofs mksquashfs; do
   if path=$(command -v "$tool"); then tools_of_tests+=(--include "$path:usr/bin/$tool"); fi
 done
 
-# log_of VERSION LABEL: what the machine for these tests says.
-log_of() { echo "$logs/lab-$1-${2/#-/memory}"; }
+# log_of VERSION LABEL PART: what the machine for these tests says.
+log_of() { echo "$logs/lab-$1-${2/#-/memory}-$3"; }
 
-# run_tests PROCESSOR VERSION LABEL: those with the label, in a machine of their own.
+# run_tests PROCESSOR VERSION LABEL PART PARTS: that part of those with the label, in a machine of their own.
 run_tests() {
-  local own=$selection-$2-$3 path needs=() nodes=() guests=()
+  local own=$selection-$2-$3-$4 path needs=() nodes=() guests=()
   awk -F '\t' -v label="$3" '$1 == "file" || $2 == label' "$selection" >"$own"
   if ! grep -q '^test' "$own"; then return; fi
   while IFS=$'\t' read -r _ _ _ path; do needs+=(--include "$path:$path"); done <"$own"
@@ -221,9 +221,9 @@ run_tests() {
   else
     for path in vmlinuz flat guests; do guests+=(--include "$kernels/$2/$path"); done
   fi
-  exec env LAB_PROCESSOR="$1" LAB_CONSOLE="$(log_of "$2" "$3").console" "$lab/machine.sh" --kernel "$kernels/$2" \
+  exec env LAB_PROCESSOR="$1" LAB_CONSOLE="$(log_of "${@:2:3}").console" "$lab/machine.sh" --kernel "$kernels/$2" \
     --timeout 3600 "${nodes[@]}" "${options[@]}" "${tools_of_tests[@]}" "${needs[@]}" "${guests[@]}" \
-    --include "$facts" --include "$own:selection" --include "$lab/tests.sh" -- sh /tests.sh "$3"
+    --include "$facts" --include "$own:selection" --include "$lab/tests.sh" -- sh /tests.sh "${@:3}"
 }
 
 # A machine takes one processor, so as many run at once as there are.
@@ -236,23 +236,27 @@ trap stop_machines EXIT
 
 # run_machines: each says what it does in a log of its own.
 run_machines() {
-  local status=0 ended one processors=() version label
+  local status=0 ended one processors=() version label part parts
   for ((one = $(nproc) - 1; one >= 0; one--)); do processors+=("$one"); done
-  # Those for memory take longer, so that they come first.
-  for label in - kvm; do
+  for label in kvm -; do
+    # Guests take long: in two machines, none of which is left to end alone.
+    parts=1
+    if [[ $label == kvm ]] && ((${#chosen[@]} == 0)); then parts=2; fi
     for version in "${versions[@]}"; do
-      if ((${#processors[@]} == 0)); then
-        one=0
-        wait -n -p ended "${!machines[@]}" || one=$?
-        if ((one != 0)); then status=$one; fi
-        processors+=("${machines[$ended]}")
-        unset "machines[$ended]"
-      fi
-      one=${processors[-1]}
-      unset 'processors[-1]'
-      echo "lab: the log is $(log_of "$version" "$label").log"
-      run_tests "$one" "$version" "$label" >"$(log_of "$version" "$label").log" 2>&1 &
-      machines[$!]=$one
+      for ((part = 1; part <= parts; part++)); do
+        if ((${#processors[@]} == 0)); then
+          one=0
+          wait -n -p ended "${!machines[@]}" || one=$?
+          if ((one != 0)); then status=$one; fi
+          processors+=("${machines[$ended]}")
+          unset "machines[$ended]"
+        fi
+        one=${processors[-1]}
+        unset 'processors[-1]'
+        echo "lab: the log is $(log_of "$version" "$label" "$part").log"
+        run_tests "$one" "$version" "$label" "$part" "$parts" >"$(log_of "$version" "$label" "$part").log" 2>&1 &
+        machines[$!]=$one
+      done
     done
   done
   for one in "${!machines[@]}"; do wait "$one" || status=$?; done
@@ -261,10 +265,10 @@ run_machines() {
 }
 
 status=0
-for version in "${versions[@]}"; do rm -f "$logs/lab-$version"{,-memory,-kvm}.{counts,log}; done
+for version in "${versions[@]}"; do rm -f "$logs/lab-$version"{,-*}.{counts,log}; done
 names=${versions[*]}
 step "the tests on Linux ${names// / and }" lab run_machines || status=$?
-for version in "${versions[@]}"; do cat "$logs/lab-$version"-{memory,kvm}.log >"$logs/lab-$version.log" 2>/dev/null || true; done
+for version in "${versions[@]}"; do cat "$logs/lab-$version"-*.log >"$logs/lab-$version.log" 2>/dev/null || true; done
 for version in "${versions[@]}"; do
   log=$logs/lab-$version.log
   awk -v name="$version" -v whole=$((${#chosen[@]} == 0)) -v expected="$programs" -v counts="$logs/lab-$version.counts" -f "$lab/summary.awk" "$log" ||

@@ -1,10 +1,12 @@
 #!/bin/sh
-# tests.sh LABEL: runs the tests inside the machine, whose shell is busybox's: what /selection lists (selection.py), all
-# of the label. summary.awk reads what this prints.
+# tests.sh LABEL PART PARTS: runs the tests inside the machine, whose shell is busybox's: what /selection lists
+# (selection.py), all of the label, and of each program's tests every PARTS-th from the PART-th on. summary.awk reads
+# what this prints.
 set -u
 
 echo
-echo "lab: kernel $(uname -r), $(nproc) CPUs, label $1"
+echo "lab: kernel $(uname -r), $(nproc) CPUs, label $1 part $2/$3"
+export GTEST_SHARD_INDEX=$(($2 - 1)) GTEST_TOTAL_SHARDS="$3"
 if [ ! -c /dev/kvm ]; then
   echo "lab: there is no /dev/kvm, which nothing here may be skipped for"
   exit 1
@@ -35,7 +37,7 @@ tab=$(printf '\t')
 while IFS=$tab read -r kind label filter program; do
   if [ "$kind" != test ]; then continue; fi
   name=${program##*/}
-  echo "lab: begin $name $label"
+  echo "lab: begin $name $label $2/$3"
   start=$(cut -d . -f 1 /proc/uptime)
   timeout 3000 "$program" --gtest_color=no --gtest_filter="$filter" </dev/null 2>&1
   status=$?
