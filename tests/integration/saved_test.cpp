@@ -121,8 +121,7 @@ TEST_P(LinuxSaved, GoesOnInAnotherProcessAndAsks) {
 INSTANTIATE_TEST_SUITE_P(All, LinuxSaved,
                          testing::Values(std::tuple("kernel", "2", "full", "memfd", "anonymous"),
                                          std::tuple("split", "2", "full", "anonymous", "memfd"),
-                                         std::tuple("user", "1", "minimal", "memfd", "shared-anonymous"),
-                                         std::tuple("user", "2", "full", "anonymous", "memfd")),
+                                         std::tuple("user", "1", "minimal", "memfd", "shared-anonymous")),
                          [](const auto& info) {
                            return std::string(std::get<0>(info.param)) + "With" + std::get<1>(info.param) + "Vcpus" +
                                   std::get<2>(info.param);
