@@ -25,7 +25,7 @@ export CPPVMM_GUEST_MODULES=/guests
 /cppvmm-machine-facts | sed 's/^/lab: fact: /'
 
 # Several thousand, on a processor that is emulated, would take longer than all the rest.
-export CPPVMM_ORACLE_CASES=250
+export CPPVMM_ORACLE_CASES=120
 
 # Nor more of memory that moves than so many rounds of each kind.
 export CPPVMM_MOVING_ROUNDS=2
