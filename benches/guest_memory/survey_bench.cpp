@@ -110,7 +110,7 @@ const Beside marked({"survey/200000_marks_in_64_GiB", 1.25, "PAGEMAP_SCAN of as 
                                       [&] { benchmark::DoNotOptimize(bare.pages()); });
                     });
 
-/// The most heap that a survey takes.
+/// The most heap that a survey takes, for each extent.
 void heap_an_extent(Measurement& measurement, const GuestMemory& memory) {
   const std::size_t extents = memory.survey().touched.range_count();
   begin_heap_use();

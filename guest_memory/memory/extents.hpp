@@ -4,12 +4,12 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
-#include <functional>
 #include <iterator>
 #include <limits>
 #include <utility>
 #include <vector>
 
+#include "largest_kept.hpp"
 #include "packed_pairs.hpp"
 
 namespace cppvmm {
@@ -207,9 +207,7 @@ inline void ExtentList::add(Extent extent) {
 inline void ExtentList::give_up_small_gaps() {
   const std::size_t keep = std::max<std::size_t>(limit_ / 2, 1);
   if (size_ - 1 <= keep) return;
-  std::uint64_t threshold = 0;
-  std::size_t equal_kept = 0; // of the gaps as large as the threshold, only as many as fit
-  {
+  LargestKept largest = [&] {
     std::vector<std::uint64_t> gaps;
     gaps.reserve(size_ - 1);
     std::uint64_t before = start_;
@@ -217,20 +215,15 @@ inline void ExtentList::give_up_small_gaps() {
       if (extent.first != start_) gaps.push_back(extent.first - before);
       before = extent.end();
     }
-    const auto smallest_kept = gaps.begin() + static_cast<std::ptrdiff_t>(keep - 1);
-    std::nth_element(gaps.begin(), smallest_kept, gaps.end(), std::greater<>());
-    threshold = *smallest_kept;
-    equal_kept = keep - static_cast<std::size_t>(
-                            std::count_if(gaps.begin(), smallest_kept + 1, [&](auto gap) { return gap > threshold; }));
-  }
+    return LargestKept(std::move(gaps), keep);
+  }();
   ExtentList kept(limit_);
   kept.page_count_ = page_count_;
   kept.given_up_ = given_up_;
   Extent joined{start_, 0};
   for (const Extent extent : *this) {
     const std::uint64_t gap = extent.first - joined.end();
-    if (gap > threshold || (gap == threshold && equal_kept > 0)) {
-      if (gap == threshold) --equal_kept;
+    if (largest.keeps(gap)) {
       kept.append(joined);
       joined = extent;
     } else {

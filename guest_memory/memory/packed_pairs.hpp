@@ -20,7 +20,6 @@ public:
   };
   class Reader;
 
-  [[nodiscard]] bool empty() const { return blocks_.empty(); }
   /// Throws std::bad_alloc, and nothing is changed then.
   void push(Pair pair) {
     Block& block = block_with_room();

@@ -83,8 +83,8 @@ export struct Survey {
   /// SurveyOptions::leave_out, be it RAM or not.
   PageSet left_out;
   /// Who wrote, as far as it is known: what RAM was marked by hand, what a write log and its record of the accessors
-  /// show. The other touched pages have an unknown writer, and so have those of ranges that were forgotten, as there
-  /// are more than 2^18: the 2^17 largest are known.
+  /// show. The other touched pages have an unknown writer. Of more than 2^18 ranges of marks, or of a log, the 2^17
+  /// largest stay and smaller ones may be forgotten: who wrote there is missing then, in part or as a whole.
   TouchedRuns touchers;
   std::vector<RegionSurvey> regions;
   std::chrono::nanoseconds cost{}; ///< Of the whole, as GuestMemory::survey makes it.
@@ -120,7 +120,8 @@ export struct Survey {
   /// pass over the four sets, O(log count) a range, and room for `count`.
   [[nodiscard]] std::vector<PageRange> largest_zeroed(std::size_t count, const PageSet& without = {}) const;
 
-  /// The touched pages with who touched them: unlike the rest, of 64 bytes and more for each range.
+  /// The touched pages with who touched them. An interval map takes 64 bytes and more for each range; `touchers` takes
+  /// far less.
   [[nodiscard]] TouchedMap touched_map() const;
 };
 

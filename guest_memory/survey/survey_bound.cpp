@@ -2,13 +2,13 @@ module;
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
-#include <functional>
 #include <limits>
 #include <span>
 #include <utility>
 #include <vector>
 
 #include "../memory/extents.hpp"
+#include "../memory/largest_kept.hpp"
 
 module cppvmm.guest_memory:survey_bound.impl;
 import :address;
@@ -48,24 +48,18 @@ void bound_ranges(Survey& survey) {
   constexpr std::size_t kept = most_survey_ranges / 2;
   if (zeroed.range_count() <= kept) return;
 
-  const std::span<const PageRange> ranges = zeroed.ranges();
-  std::vector<std::uint64_t> sizes;
-  sizes.reserve(ranges.size());
-  for (const PageRange& range : ranges)
-    sizes.push_back(range.count());
-  const auto smallest_kept = sizes.begin() + static_cast<std::ptrdiff_t>(kept - 1);
-  std::nth_element(sizes.begin(), smallest_kept, sizes.end(), std::greater<>());
-  const std::uint64_t threshold = *smallest_kept;
-  // Of the ranges as large as the threshold, only as many as fit.
-  auto equal_kept = kept - static_cast<std::size_t>(std::count_if(sizes.begin(), smallest_kept + 1,
-                                                                  [&](auto size) { return size > threshold; }));
+  LargestKept largest = [&] {
+    std::vector<std::uint64_t> sizes;
+    sizes.reserve(zeroed.range_count());
+    for (const PageRange& range : zeroed.ranges())
+      sizes.push_back(range.count());
+    return LargestKept(std::move(sizes), kept);
+  }();
   const PageNumber end = survey.regions.back().pages.end();
   PageSet untouched;
   std::vector<PageRange> given_up;
-  for (const PageRange& range : ranges) {
-    const bool is_kept = range.count() > threshold || (range.count() == threshold && equal_kept > 0);
-    if (range.count() == threshold && is_kept) --equal_kept;
-    if (is_kept || range.end() == end)
+  for (const PageRange& range : zeroed.ranges()) {
+    if (largest.keeps(range.count()) || range.end() == end)
       untouched.add(range);
     else
       given_up.push_back(range);
@@ -106,7 +100,8 @@ static void take_over(Survey& survey, std::vector<MarkedRegion> regions) {
   std::size_t ranges = survey.touched.range_count();
   for (const MarkedRegion& each : regions)
     ranges += each.touched.size();
-  survey.touched.reserve(ranges);
+  // It is bounded after each region.
+  survey.touched.reserve(std::min(ranges, 2 * most_survey_ranges));
   for (auto& [report, touched] : regions) {
     if (report.kind == RegionKind::ram) {
       for (const Extent extent : touched)

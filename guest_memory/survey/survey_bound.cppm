@@ -21,8 +21,8 @@ void bound_ranges(Survey& survey);
 /// All RAM counts as touched, for that reason: of each region that has no other.
 void lose_evidence(Survey& survey, const MemoryError& why);
 
-/// Adds what is marked of the regions that the survey has, which it bounds anew. Where others hold the marks until the
-/// survey is to end, all RAM counts as touched.
+/// Adds what is marked of the regions that the survey has, which it bounds anew, and who marked it. Where others hold
+/// the marks until the survey is to end, all RAM counts as touched.
 void add_marks(Survey& survey, const Marks& marks);
 
 } // namespace cppvmm

@@ -7,6 +7,9 @@ module;
 #include <memory>
 #include <utility>
 #include <vector>
+
+#include "../memory/largest_kept.hpp"
+
 module cppvmm.guest_memory:touched_map.impl;
 import :touched_map;
 
@@ -61,37 +64,25 @@ void TouchedMap::clear(PageRange pages) {
 }
 
 void TouchedMap::join_neighbours(std::size_t most) {
-  const std::size_t count = entry_count();
-  if (count <= std::max<std::size_t>(most, 1)) return;
-  const auto gap_before = [](const Entry& left, const Entry& right) {
-    return right.pages.first().value() - left.pages.end().value();
-  };
+  most = std::max<std::size_t>(most, 1);
+  if (entry_count() <= most) return;
   const std::vector<Entry> all = entries();
-  std::vector<std::uint64_t> gaps;
-  gaps.reserve(count - 1);
-  for (std::size_t i = 1; i < count; ++i)
-    gaps.push_back(gap_before(all[i - 1], all[i]));
-  // Those up to this size are closed; of the ones as large as it, only as many as have to be.
-  const std::size_t closed = count - std::max<std::size_t>(most, 1);
-  const auto largest_closed = gaps.begin() + static_cast<std::ptrdiff_t>(closed - 1);
-  std::ranges::nth_element(gaps, largest_closed);
-  const std::uint64_t threshold = *largest_closed;
-  auto equal_closed = closed - static_cast<std::size_t>(std::count_if(gaps.begin(), largest_closed + 1,
-                                                                      [&](auto gap) { return gap < threshold; }));
+  const auto gap_before = [&](std::size_t i) { return all[i].pages.first().value() - all[i - 1].pages.end().value(); };
+  LargestKept largest = [&] {
+    std::vector<std::uint64_t> gaps;
+    gaps.reserve(all.size() - 1);
+    for (std::size_t i = 1; i < all.size(); ++i)
+      gaps.push_back(gap_before(i));
+    return LargestKept(std::move(gaps), most - 1);
+  }();
   TouchedMap joined;
   auto& map = joined.intervals_->map;
-  for (std::size_t i = 0; i < count;) {
-    std::uint8_t bits = all[i].by.bits();
-    std::size_t last = i;
-    for (; last + 1 < count; ++last) {
-      const std::uint64_t gap = gap_before(all[last], all[last + 1]);
-      if (gap > threshold || (gap == threshold && equal_closed == 0)) break;
-      if (gap == threshold) --equal_closed;
-      bits |= all[last + 1].by.bits();
-    }
-    const PageInterval whole(all[i].pages.first().value(), all[last].pages.end().value());
-    map.add(map.end(), {whole, bits});
-    i = last + 1;
+  for (std::size_t next = 0; next < all.size();) {
+    const std::uint64_t first = all[next].pages.first().value();
+    std::uint8_t bits = all[next].by.bits();
+    for (++next; next < all.size() && !largest.keeps(gap_before(next)); ++next)
+      bits |= all[next].by.bits();
+    map.add(map.end(), {PageInterval(first, all[next - 1].pages.end().value()), bits});
   }
   *this = std::move(joined);
 }

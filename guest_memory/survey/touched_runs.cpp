@@ -7,6 +7,7 @@ module;
 #include <utility>
 #include <vector>
 
+#include "../memory/largest_kept.hpp"
 #include "../memory/packed_pairs.hpp"
 
 module cppvmm.guest_memory:touched_runs.impl;
@@ -92,41 +93,37 @@ TouchedRuns::~TouchedRuns() = default;
 void TouchedRuns::add(PageRange pages, Touchers by) {
   if (pages.empty() || by.empty()) return;
   if (!packed_) packed_ = std::make_unique<Packed>();
-  TouchedRange& last = packed_->last;
-  if (pages.end() <= last.pages.end()) return;
-  pages = between(std::max(pages.first(), last.pages.end()), pages.end());
-  if (by == last.by && pages.first() == last.pages.end()) {
-    last.pages = between(last.pages.first(), pages.end());
+  const PageNumber end = packed_->last.pages.end();
+  if (pages.end() <= end) return;
+  pages = between(std::max(pages.first(), end), pages.end());
+  if (by == packed_->last.by && pages.first() == end) {
+    packed_->last.pages = between(packed_->last.pages.first(), pages.end());
     return;
   }
+  // Now, that none of them can go on.
+  if (packed_->size == limit_) keep_largest();
   if (packed_->size > 0) {
+    const TouchedRange& last = packed_->last;
     packed_->before_last.push(
         {last.pages.first().value() - packed_->packed_end, last.pages.count() << toucher_bits | last.by.bits()});
     packed_->packed_end = last.pages.end().value();
   }
-  last = {pages, by};
+  packed_->last = {pages, by};
   ++packed_->size;
-  if (packed_->size > limit_) keep_largest();
 }
 
 void TouchedRuns::keep_largest() {
-  const std::size_t kept = limit_ / 2;
-  std::vector<std::uint64_t> sizes;
-  sizes.reserve(packed_->size);
-  for_each([&](const TouchedRange& range) { sizes.push_back(range.pages.count()); });
-  const auto smallest_kept = sizes.begin() + static_cast<std::ptrdiff_t>(kept - 1);
-  std::ranges::nth_element(sizes, smallest_kept, std::greater<>());
-  const std::uint64_t threshold = *smallest_kept;
-  // Of the ranges as large as the threshold, only as many as fit.
-  auto equal_kept = kept - static_cast<std::size_t>(std::count_if(sizes.begin(), smallest_kept + 1,
-                                                                  [&](auto size) { return size > threshold; }));
-  TouchedRuns largest(limit_);
+  LargestKept largest = [&] {
+    std::vector<std::uint64_t> sizes;
+    sizes.reserve(packed_->size);
+    for_each([&](const TouchedRange& range) { sizes.push_back(range.pages.count()); });
+    return LargestKept(std::move(sizes), limit_ / 2);
+  }();
+  TouchedRuns kept(limit_);
   for_each([&](const TouchedRange& range) {
-    if (range.pages.count() < threshold || (range.pages.count() == threshold && equal_kept == 0)) return;
-    if (range.pages.count() == threshold) --equal_kept;
-    largest.add(range.pages, range.by);
+    if (largest.keeps(range.pages.count())) kept.add(range.pages, range.by);
   });
-  *this = std::move(largest);
+  *this = std::move(kept);
 }
 
 void TouchedRuns::add(const TouchedRuns& behind) {

@@ -18,7 +18,7 @@ export struct TouchedRange {
 };
 
 /// Disjoint ranges of pages with who wrote them, in ascending order, to be read one after the other: as packed pairs,
-/// of 2 bytes where a range has up to 7 pages and the gap before it is below 128, and of 12 at most. TouchedMap is what
+/// of 2 bytes where a range has up to 7 pages and the gap before it is below 128, and of 13 at most. TouchedMap is what
 /// can be changed, and looked up in. A value type; thread-safe as PageSet is.
 ///
 /// In bounded space: past the limit, the smallest ranges are forgotten; the `limit / 2` largest always stay.
@@ -27,7 +27,7 @@ public:
   static constexpr std::size_t default_limit = std::size_t{1} << 18;
 
   TouchedRuns() noexcept : TouchedRuns(default_limit) {}
-  /// At least 2.
+  /// One below 2 counts as 2.
   explicit TouchedRuns(std::size_t limit) noexcept;
   TouchedRuns(const TouchedRuns& other);
   TouchedRuns(TouchedRuns&& other) noexcept;
@@ -37,8 +37,9 @@ public:
 
   /// Adds pages behind all others; those that are not behind them are not added. A range that touches the last one and
   /// has the same touchers is joined to it. Amortized O(1), but for what is forgotten, O(limit) for each `limit / 2`
-  /// ranges. Throws std::bad_alloc, and has then either got the range or is as it was.
+  /// ranges. Throws std::bad_alloc, and has not added the range then.
   void add(PageRange pages, Touchers by);
+  /// The same of each range. Throws std::bad_alloc, and may have added some of them then.
   void add(const TouchedRuns& behind);
   /// The pages of both, each with the touchers that it has in either, with the limit of `left`. One pass over both.
   [[nodiscard]] static TouchedRuns united(const TouchedRuns& left, const TouchedRuns& right);

@@ -90,7 +90,7 @@ protected:
       EXPECT_TRUE(region.discard(region.pages()));
     std::uint64_t number = 0;
     for (const PageRange& range : touched.ranges())
-      if (GetParam() || ++number % 2 == 0)
+      if (++number % 2 == 0 || GetParam())
         memory.mark_touched(range, number % 3 == 0 ? Toucher::device : Toucher::host);
       else
         EXPECT_TRUE(memory.write_value(range.start_address(), std::uint8_t{1}));
@@ -105,6 +105,10 @@ TEST_P(MarkedOverRegions, TheLargestRangesOfAllAreKept) {
   EXPECT_LE(survey.zeroed().range_count(), most);
   EXPECT_LE(survey.touched.range_count(), most + 1);
   EXPECT_LE(survey.touchers.entry_count(), most);
+  EXPECT_GE(survey.touchers.entry_count(), most / 2);
+  PageSet unmarked = survey.touchers.pages();
+  unmarked.remove(memory.marks().pages());
+  EXPECT_TRUE(unmarked.empty());
   EXPECT_EQ(survey.zeroed().largest(255), zero.largest(255));
   PageSet missing = touched;
   missing.remove(survey.touched);
@@ -117,6 +121,64 @@ TEST_P(MarkedOverRegions, TheLargestRangesOfAllAreKept) {
     given_up += region.given_up_pages;
   EXPECT_GT(given_up, 0U);
   EXPECT_EQ(survey.zeroed().page_count() + given_up, zero.page_count());
+}
+
+// More marks than a survey keeps ranges are in two regions of three; what is touched by evidence goes over their
+// border.
+TEST(MarksOfManyRegions, AreAddedWhereTheSurveyIsBoundedBeforeItsEnd) {
+  constexpr std::uint64_t marks = most / 2 + 1000;
+  constexpr std::uint64_t region_pages = 2 * marks + 300'000;
+  constexpr std::uint64_t rom_pages = 16;
+  const std::uint64_t starts[] = {0, region_pages, 2 * region_pages + rom_pages};
+  std::vector<Region> regions;
+  for (const std::uint64_t start : starts)
+    regions.push_back(*Region::anonymous(GuestAddress(start * page_size), region_pages * page_size));
+  for (const Region& region : regions)
+    madvise(region.host_address(), region.bytes(), MADV_NOHUGEPAGE);
+  regions.push_back(
+      *Region::anonymous(GuestAddress(2 * region_pages * page_size), rom_pages * page_size, RegionKind::rom));
+  GuestMemory memory(*MemoryMap::make(std::move(regions)));
+  PageSet touched;
+  std::uint64_t number = 0;
+  for (const std::uint64_t start : starts) {
+    std::uint64_t page = start;
+    for (std::uint64_t i = 0; i < marks; ++i) {
+      touched.add(pages(page, 1));
+      memory.mark_touched(pages(page, 1), i % 2 == 0 ? Toucher::device : Toucher::host);
+      // Each of the larger gaps has a size of its own.
+      page += 2 + (i % 400 == 399 ? ++number : 0);
+    }
+    ASSERT_LT(page, start + region_pages - 2);
+  }
+  const PageRange over_the_border = pages(region_pages - 2, 5);
+  for (std::uint64_t page = over_the_border.first().value(); page < over_the_border.end().value(); ++page)
+    ASSERT_TRUE(memory.write_value(GuestAddress(page * page_size), std::uint8_t{1}));
+  touched.add(over_the_border);
+
+  const Survey survey = memory.survey();
+  PageSet zero = survey.ram;
+  EXPECT_EQ(zero.page_count(), 3 * region_pages);
+  zero.remove(touched);
+  PageSet missing = touched;
+  missing.remove(survey.touched);
+  EXPECT_TRUE(missing.empty());
+  PageSet both = survey.touched;
+  both.add(survey.zeroed());
+  EXPECT_EQ(both, survey.ram);
+  EXPECT_LE(survey.zeroed().range_count(), most);
+  EXPECT_EQ(survey.zeroed().largest(255), zero.largest(255));
+  ASSERT_EQ(survey.regions.size(), 4U);
+  std::uint64_t given_up = 0;
+  for (const RegionSurvey& region : survey.regions) {
+    if (region.kind == RegionKind::ram) {
+      EXPECT_EQ(region.touched_pages + region.given_up_pages + region.zeroed_pages, region_pages);
+    }
+    given_up += region.given_up_pages;
+  }
+  EXPECT_GT(given_up, 0U);
+  EXPECT_EQ(survey.zeroed().page_count() + given_up, zero.page_count());
+  EXPECT_LE(survey.touchers.entry_count(), most);
+  EXPECT_GE(survey.touchers.entry_count(), most / 2);
 }
 
 /// As much RAM as is marked here, none of it touched.

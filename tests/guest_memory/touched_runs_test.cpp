@@ -18,18 +18,25 @@ PageRange pages(std::uint64_t first, std::uint64_t count) { return *PageRange::m
 
 using Entries = std::vector<TouchedRange>;
 
-/// Ranges in ascending order, some side by side, some far away or large.
-TouchedRuns random_runs(std::mt19937_64& random, std::size_t most) {
+struct Drawn {
   TouchedRuns runs;
+  TouchedMap map; ///< The same.
+};
+
+/// Ranges in ascending order, some side by side, some far away or large.
+Drawn draw(std::mt19937_64& random, std::size_t most) {
+  Drawn drawn;
   std::uint64_t page = 0;
   for (std::size_t i = random() % (most + 1); i > 0; --i) {
-    page += random() % 3 == 0 ? 0 : random() % 20 + (random() % 30 == 0 ? std::uint64_t{1} << random() % 36 : 0);
-    const std::uint64_t count = random() % 9 + (random() % 30 == 0 ? std::uint64_t{1} << random() % 33 : 0);
+    page += random() % 3 == 0 ? 0 : random() % 20 + (random() % 30 == 0 ? std::uint64_t{1} << random() % 40 : 0);
+    const std::uint64_t count = random() % 9 + (random() % 30 == 0 ? std::uint64_t{1} << random() % 40 : 0);
     if (page + count > guest_space_end / page_size) break;
-    runs.add(pages(page, count), Touchers::from_bits(static_cast<std::uint8_t>(random() % 16)));
+    const Touchers by = Touchers::from_bits(static_cast<std::uint8_t>(random() % 16));
+    drawn.runs.add(pages(page, count), by);
+    drawn.map.mark(pages(page, count), by);
     page += count;
   }
-  return runs;
+  return drawn;
 }
 
 TEST(TouchedRuns, AreJoinedWhereTheyTouchAndHaveTheSameTouchers) {
@@ -61,16 +68,18 @@ TEST(TouchedRuns, TakePagesBehindAllOthersAlone) {
 TEST(TouchedRuns, AreUnitedAsInAnIntervalMap) {
   std::mt19937_64 random(20261201);
   for (int round = 0; round < 3000; ++round) {
-    const TouchedRuns left = random_runs(random, 60);
-    const TouchedRuns right = random_runs(random, 60);
-    TouchedMap expected(left);
-    for (const TouchedRange& range : right.entries())
+    const auto [left, left_map] = draw(random, 60);
+    const auto [right, right_map] = draw(random, 60);
+    ASSERT_EQ(left.entries(), left_map.entries()) << "round " << round;
+    ASSERT_EQ(left.entry_count(), left_map.entry_count());
+    ASSERT_EQ(TouchedMap(left), left_map);
+    TouchedMap expected = left_map;
+    for (const TouchedRange& range : right_map.entries())
       expected.mark(range.pages, range.by);
     const TouchedRuns united = TouchedRuns::united(left, right);
     ASSERT_EQ(united.entries(), expected.entries()) << "round " << round;
     ASSERT_EQ(united.entry_count(), expected.entry_count());
     ASSERT_EQ(united.pages(), expected.pages());
-    ASSERT_EQ(TouchedMap(united), expected);
     ASSERT_EQ(TouchedRuns::united(right, left), united);
   }
 }
@@ -86,6 +95,40 @@ TEST(TouchedRuns, AreValues) {
   copy = runs;
   EXPECT_EQ(copy, runs);
   EXPECT_NE(copy, moved);
+  TouchedRuns behind;
+  behind.add(pages(2, 1), Toucher::host);
+  behind.add(pages(4, 1), Toucher::guest);
+  copy.add(behind);
+  EXPECT_EQ(copy.entries(), (Entries{{pages(1, 2), Toucher::host}, {pages(4, 1), Toucher::guest}}));
+}
+
+TEST(TouchedRuns, ForgetNothingOfARangeThatGoesOn) {
+  TouchedRuns runs(4);
+  for (std::uint64_t i = 0; i < 4; ++i)
+    runs.add(pages(1000 * i, 100), Toucher::guest);
+  runs.add(pages(5000, 90), Toucher::guest);
+  runs.add(pages(5090, 3910), Toucher::guest);
+  EXPECT_LE(runs.entry_count(), 4U);
+  EXPECT_EQ(runs.entries().back(), (TouchedRange{pages(5000, 4000), Toucher::guest}));
+
+  TouchedRuns left(4);
+  for (std::uint64_t i = 0; i < 3; ++i)
+    left.add(pages(1000 * i, 100), Toucher::host);
+  left.add(pages(5000, 4000), Toucher::host);
+  TouchedRuns right(4);
+  right.add(pages(900, 1), Toucher::host);
+  right.add(pages(5090, 1), Toucher::host);
+  const TouchedRuns united = TouchedRuns::united(left, right);
+  EXPECT_LE(united.entry_count(), 4U);
+  EXPECT_EQ(united.entries().back(), (TouchedRange{pages(5000, 4000), Toucher::host}));
+}
+
+TEST(TouchedRuns, HaveRoomForTwoAtLeast) {
+  TouchedRuns runs(0);
+  for (std::uint64_t i = 0; i < 10; ++i)
+    runs.add(pages(10 * i, i == 3 ? 9 : 1), Toucher::guest);
+  EXPECT_LE(runs.entry_count(), 2U);
+  EXPECT_EQ(runs.entries().front().pages, pages(30, 9));
 }
 
 TEST(TouchedRuns, KeepTheLargestWhereThereAreTooMany) {
